@@ -1,0 +1,121 @@
+"""Numerics shared by everything: masked softmax, keys by example, stateless shuffling, noise."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ebjax.types import PyTree
+
+__all__ = [
+    "all_finite",
+    "example_keys",
+    "masked_log_softmax",
+    "random_normal_like",
+    "shuffled_index",
+]
+
+
+def masked_log_softmax(logits: jax.Array, mask: jax.Array) -> jax.Array:
+    """Log-softmax over the allowed entries of the last axis.
+
+    ``log p_a = logit_a - log sum_{b allowed} exp(logit_b)`` where allowed, ``-inf`` elsewhere. The
+    gradient is finite everywhere, also where no entry is allowed (the row is then all ``-inf``)
+    and where a forbidden logit is infinite.
+
+    Args:
+      logits: [..., A].
+      mask: [..., A] bool, ``True`` where allowed.
+
+    Returns:
+      [..., A] log-probabilities.
+
+    >>> masked_log_softmax(jnp.zeros(3), jnp.array([True, False, True])).round(3).tolist()
+    [-0.6930000185966492, -inf, -0.6930000185966492]
+    """
+    any_allowed = mask.any(axis=-1, keepdims=True)
+    logits = jnp.where(mask, logits, 0.0)
+    peak = jnp.max(jnp.where(mask, logits, -jnp.inf), axis=-1, keepdims=True)
+    logits = logits - jax.lax.stop_gradient(jnp.where(any_allowed, peak, 0.0))
+    # The inner `where` keeps exp finite at forbidden entries, so no inf * 0 in the gradient.
+    total = jnp.sum(jnp.where(mask, jnp.exp(jnp.where(mask, logits, 0.0)), 0.0), -1, keepdims=True)
+    return jnp.where(mask, logits - jnp.log(jnp.where(any_allowed, total, 1.0)), -jnp.inf)
+
+
+def example_keys(key: jax.Array, step: jax.Array, index: jax.Array) -> jax.Array:
+    """One key for each example, ``fold_in(fold_in(key, step), index)``.
+
+    The key depends on the global index of the example and not on the device that holds it, so one
+    device and many draw the same numbers.
+
+    Args:
+      key: [] the run's key.
+      step: [] integer.
+      index: [B] integer, global example index.
+
+    Returns:
+      [B] keys.
+    """
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), index)
+
+
+def random_normal_like(key: jax.Array, tree: PyTree) -> PyTree:
+    """Standard normal noise with the structure, shapes and dtypes of ``tree``.
+
+    A tree of one leaf uses ``key`` itself; more leaves get one key each.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = [key] if len(leaves) == 1 else list(jax.random.split(key, len(leaves)))
+    noise = [
+        jax.random.normal(k, jnp.shape(leaf), jnp.result_type(leaf))
+        for k, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, noise)
+
+
+def all_finite(tree: PyTree) -> jax.Array:
+    """[] bool: whether every entry of every leaf is finite."""
+    return jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]).all()
+
+
+_FEISTEL_ROUNDS = 6
+
+
+def shuffled_index(key: jax.Array, position: jax.Array, size: int) -> jax.Array:
+    """The index at ``position`` of an endless stream of shuffled passes over ``size`` items.
+
+    Pass ``e = position // size`` visits every item once, in an order keyed by ``fold_in(key, e)``.
+    The order is a keyed permutation of integers (a Feistel network over the next even power of
+    two, walked until it falls below ``size``), so one index costs O(1) and no permutation is
+    stored.
+
+    Args:
+      key: [] key of the whole stream.
+      position: [] integer, up to 2^32 - 1.
+      size: number of items, at least 1 and below 2^30.
+
+    Returns:
+      [] int32 in ``[0, size)``.
+
+    >>> order = jax.vmap(lambda i: shuffled_index(jax.random.key(0), i, 5))(jnp.arange(10))
+    >>> sorted(order[:5].tolist()), sorted(order[5:].tolist())
+    ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4])
+    """
+    if not 1 <= size < 2**30:
+        raise ValueError(f"size is {size}; a shuffled stream takes from 1 to 2**30 - 1 items.")
+    position = jnp.asarray(position).astype(jnp.uint32)
+    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+    low = jnp.uint32((1 << half_bits) - 1)
+    epoch_key = jax.random.fold_in(key, position // jnp.uint32(size))
+    round_keys = jax.random.bits(epoch_key, (_FEISTEL_ROUNDS,), jnp.uint32)
+
+    def permute(index):
+        left, right = index >> half_bits, index & low
+        for round_index in range(_FEISTEL_ROUNDS):
+            mixed = (right ^ round_keys[round_index]) * jnp.uint32(0x9E3779B1)
+            mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x85EBCA77)
+            left, right = right, left ^ ((mixed ^ (mixed >> 13)) & low)
+        return (left << half_bits) | right
+
+    start = permute(position % jnp.uint32(size))
+    return jax.lax.while_loop(lambda i: i >= size, permute, start).astype(jnp.int32)

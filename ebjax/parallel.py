@@ -1,0 +1,230 @@
+"""The one seam between a function and the devices that it runs on.
+
+Everything below is written for one device, with a collective over ``axis_name`` where it needs the
+others. ``data_parallel`` turns such a step into one compiled program for N devices, and
+``spread`` does the same for work without collectives (chains). Values are either *replicated*
+(equal on all devices) or *split* along their leading axis.
+
+Two backends give the same numbers:
+
+- ``"pmap"``: ``jax.pmap`` with ``None`` for the replicated axes. Nothing is stacked by hand.
+- ``"shard_map"``: ``jax.jit`` of ``jax.shard_map``. Its default ``check_vma=True`` would sum the
+  gradient of replicated parameters over devices before the step's own ``pmean`` does, so the
+  gradient would come out too large by the number of devices; the check is off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ebjax.types import PyTree
+
+__all__ = ["BACKENDS", "DataParallel", "data_parallel", "spread", "to_host"]
+
+AXIS_NAME = "devices"
+BACKENDS = ("pmap", "shard_map")
+
+
+class DataParallel(NamedTuple):
+    """A step compiled for N devices, with the way in and out.
+
+    Attributes:
+      num_devices: N, over all processes.
+      step: ``(replicated, split, constant) -> (replicated, split, metrics)``; the first two are
+        donated, ``constant`` is replicated and kept.
+      place: ``(replicated, split) -> (replicated, split)``, from global host arrays (every process
+        gives the whole of them) to what ``step`` takes.
+      collect: the way back, to global arrays on the host of every process.
+      place_constant: replicates ``constant``.
+    """
+
+    num_devices: int
+    step: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree, PyTree]]
+    place: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
+    collect: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
+    place_constant: Callable[[PyTree], PyTree]
+
+
+def data_parallel(
+    step: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree, PyTree]],
+    *,
+    devices: list[jax.Device] | None = None,
+    backend: str = "pmap",
+) -> DataParallel:
+    """Compiles ``step`` for all ``devices``.
+
+    Args:
+      step: ``(replicated, split, constant) -> (replicated, split, metrics)`` for one device. It may
+        use collectives over ``AXIS_NAME``, must return equal ``replicated`` and ``metrics`` on all
+        devices, and must keep shapes and dtypes.
+      devices: all devices of all processes by default.
+      backend: ``"pmap"`` or ``"shard_map"``.
+
+    Returns:
+      A ``DataParallel``.
+
+    Raises:
+      ValueError: for an unknown backend.
+    """
+    devices = jax.devices() if devices is None else devices
+    mesh = Mesh(np.array(devices), (AXIS_NAME,))
+    if backend == "pmap":
+        return _pmapped(step, devices, mesh)
+    if backend == "shard_map":
+        return _shard_mapped(step, mesh)
+    raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}.")
+
+
+def _pmapped(step, devices: list[jax.Device], mesh: Mesh) -> DataParallel:
+    process = jax.process_index()
+    num_local = sum(device.process_index == process for device in devices)
+    # One process may run on some of its devices; several processes always run on all.
+    pmapped = jax.pmap(
+        step,
+        axis_name=AXIS_NAME,
+        in_axes=(None, 0, None),
+        out_axes=(None, 0, None),
+        donate_argnums=(0, 1),
+        devices=devices if jax.process_count() == 1 else None,
+    )
+
+    def place(replicated, split):
+        def local_part(leaf):
+            per_device = np.shape(leaf)[0] // len(devices)
+            part = np.asarray(leaf).reshape(len(devices), per_device, *np.shape(leaf)[1:])
+            first = next(i for i, d in enumerate(devices) if d.process_index == process)
+            return jnp.array(part[first : first + num_local])
+
+        # A copy: the step donates its inputs, and the caller keeps what it gave.
+        return jax.tree.map(_copy, replicated), _map_arrays(local_part, split)
+
+    def collect(replicated, split):
+        def merged(leaf):
+            leaf = np.asarray(leaf).reshape(-1, *leaf.shape[2:])
+            return multihost_utils.process_allgather(leaf, tiled=True)
+
+        return to_host(replicated), _map_arrays(merged, split)
+
+    return DataParallel(len(devices), pmapped, place, collect, lambda constant: constant)
+
+
+def _shard_mapped(step, mesh: Mesh) -> DataParallel:
+    everywhere, in_parts = PartitionSpec(), PartitionSpec(AXIS_NAME)
+    mapped = jax.jit(
+        jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(everywhere, in_parts, everywhere),
+            out_specs=(everywhere, in_parts, everywhere),
+            check_vma=False,
+        ),
+        donate_argnums=(0, 1),
+    )
+
+    def put(tree, spec):
+        sharding = NamedSharding(mesh, spec)
+
+        def put_leaf(leaf):
+            if _is_key(leaf):
+                data = put_leaf(jax.random.key_data(leaf))
+                return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+            value = np.asarray(leaf)
+            return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+        return jax.tree.map(put_leaf, tree)
+
+    def collect(replicated, split):
+        def whole(leaf):
+            return multihost_utils.process_allgather(leaf, tiled=True)
+
+        if jax.process_count() == 1:
+            return to_host(replicated), to_host(split)
+        return to_host(replicated), _map_arrays(whole, split)
+
+    return DataParallel(
+        mesh.size,
+        mapped,
+        lambda replicated, split: (put(replicated, everywhere), put(split, in_parts)),
+        collect,
+        lambda constant: put(constant, everywhere),
+    )
+
+
+def spread(
+    fn: Callable[[PyTree, PyTree], PyTree], num_devices: int, *, split_axis_out: int = 0
+) -> Callable[[PyTree, PyTree], PyTree]:
+    """Runs ``fn(replicated, split) -> split`` on ``num_devices`` local devices, without collectives.
+
+    Args:
+      fn: the work of one device. ``split`` has leading axes that ``num_devices`` divides.
+      num_devices: how many local devices; 1 calls ``fn`` as it is.
+      split_axis_out: where the split axis stands in the output.
+
+    Returns:
+      A function with the global arrays in and out.
+
+    Raises:
+      ValueError: if there are fewer local devices.
+    """
+    if num_devices == 1:
+        return fn
+    devices = jax.local_devices()
+    if num_devices > len(devices):
+        raise ValueError(
+            f"num_devices is {num_devices}, and this process has {len(devices)} "
+            f"{devices[0].platform} devices. On CPU, call "
+            f'jax.config.update("jax_num_cpu_devices", {num_devices}) before any other use of JAX.'
+        )
+    mesh = Mesh(np.array(devices[:num_devices]), (AXIS_NAME,))
+    out_spec = PartitionSpec(*([None] * split_axis_out), AXIS_NAME)
+    return jax.shard_map(
+        fn,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(AXIS_NAME)),
+        out_specs=out_spec,
+        check_vma=False,
+    )
+
+
+def to_host(tree: PyTree) -> PyTree:
+    """Replicated arrays as NumPy arrays of this process; keys stay keys."""
+
+    def leaf_to_host(leaf):
+        if _is_key(leaf):
+            return jax.random.wrap_key_data(
+                leaf_to_host(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf)
+            )
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            leaf = leaf.addressable_data(0)
+        return np.asarray(leaf)
+
+    return jax.tree.map(leaf_to_host, tree)
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _map_arrays(fn, tree: PyTree) -> PyTree:
+    """Maps over arrays, and over the data of keys."""
+
+    def apply(leaf):
+        if _is_key(leaf):
+            impl = jax.random.key_impl(leaf)
+            return jax.random.wrap_key_data(fn(jax.random.key_data(leaf)), impl=impl)
+        return fn(leaf)
+
+    return jax.tree.map(apply, tree)
+
+
+def _copy(leaf):
+    if _is_key(leaf):
+        return jax.random.clone(leaf)
+    return jnp.array(leaf, copy=True)

@@ -1,0 +1,29 @@
+"""Training: one update, one loop, many devices, checkpoints, metrics."""
+
+from ebjax.training.checkpoint import Checkpointer
+from ebjax.training.config import TrainingConfig, check_at_least, check_between, setting
+from ebjax.training.loop import NonFiniteError, TrainResult, choose_devices, init_state, train
+from ebjax.training.metrics import MetricsWriter, read_metrics
+from ebjax.training.optimizer import adam, by_group, learning_rate_schedule
+from ebjax.training.update import initial_state, make_update, make_update_many
+
+__all__ = [
+    "Checkpointer",
+    "MetricsWriter",
+    "NonFiniteError",
+    "TrainResult",
+    "TrainingConfig",
+    "adam",
+    "by_group",
+    "check_at_least",
+    "check_between",
+    "choose_devices",
+    "init_state",
+    "initial_state",
+    "learning_rate_schedule",
+    "make_update",
+    "make_update_many",
+    "read_metrics",
+    "setting",
+    "train",
+]

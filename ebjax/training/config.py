@@ -1,0 +1,80 @@
+"""Settings that every run has, checked when they are made."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from ebjax.parallel import BACKENDS
+
+__all__ = ["TrainingConfig", "check_at_least", "check_between", "setting"]
+
+
+def setting(default: Any, help: str) -> Any:
+    """A dataclass field with a default and a line of help for the command line."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def check_at_least(config: Any, minimum: float, *names: str) -> None:
+    """Raises ``ValueError`` unless each named field is a finite number of at least ``minimum``."""
+    for name in names:
+        value = getattr(config, name)
+        if not (math.isfinite(value) and value >= minimum):
+            raise ValueError(f"{name} is {value}; it must be at least {minimum}.")
+
+
+def check_between(config: Any, low: float, high: float, *names: str) -> None:
+    """Raises ``ValueError`` unless each named field lies in [low, high]."""
+    for name in names:
+        value = getattr(config, name)
+        if not low <= value <= high:
+            raise ValueError(f"{name} is {value}; it must lie between {low} and {high}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Settings of the training loop. Recipes derive their own config from it.
+
+    Raises:
+      ValueError: naming the field, its value and what is accepted.
+    """
+
+    seed: int = setting(0, "seed of everything random; the same seed gives the same run")
+    num_steps: int = setting(1000, "updates in all; may be raised later to go on with a run")
+    batch_size: int = setting(128, "examples (or trajectories) of one update, over all devices")
+    log_every: int = setting(100, "steps between lines of metrics.jsonl")
+    checkpoint_every: int = setting(500, "steps between checkpoints")
+    keep_last: int = setting(2, "how many of the newest checkpoints are kept")
+    keep_best: int = setting(1, "how many of the best ones are kept beside them")
+    steps_per_call: int = setting(10, "updates in one dispatch; metrics are means over these")
+    num_devices: int = setting(0, "devices to use; 0 takes as many as divide batch_size")
+    backend: str = setting("pmap", f"how devices are driven: {' or '.join(BACKENDS)}")
+    ema_decay: float = setting(0.999, "decay of the averaged parameters, used for sampling")
+
+    # Settings that a run may change when it goes on: they do not touch what is computed.
+    RESUMABLE = frozenset(
+        "num_steps checkpoint_every keep_last keep_best num_devices backend".split()
+    )
+
+    def __post_init__(self) -> None:
+        """Checks types and ranges."""
+        for field in dataclasses.fields(self):
+            value, default = getattr(self, field.name), field.default
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if isinstance(default, float) and is_number:
+                continue
+            if type(value) is not type(default):
+                raise ValueError(
+                    f"{field.name} is {value!r}; it must be of type {type(default).__name__}."
+                )
+        check_at_least(self, 0, "seed", "keep_best", "num_devices")
+        check_at_least(
+            self, 1, "num_steps", "batch_size", "log_every", "checkpoint_every", "keep_last"
+        )
+        check_at_least(self, 1, "steps_per_call")
+        check_between(self, 0, 0.999999, "ema_decay")
+        if self.backend not in BACKENDS:
+            raise ValueError(
+                f"backend is {self.backend!r}; it must be one of {', '.join(BACKENDS)}."
+            )

@@ -1,0 +1,207 @@
+"""The training loop: dispatches updates, reads metrics one call late, saves, stops when asked.
+
+The loop runs *calls* of several updates. Calls end at every multiple of ``steps_per_call``,
+``log_every`` and ``checkpoint_every`` counted from step 0, so a run that was stopped and resumed
+makes the same calls, and logs the same numbers, as one that was not.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import multihost_utils
+
+from ebjax.parallel import AXIS_NAME, data_parallel
+from ebjax.training.checkpoint import Checkpointer
+from ebjax.training.config import TrainingConfig
+from ebjax.training.update import initial_state, make_update, make_update_many
+from ebjax.types import Run, TrainState
+
+__all__ = ["NonFiniteError", "TrainResult", "choose_devices", "init_state", "train"]
+
+_log = logging.getLogger(__name__)
+
+
+class NonFiniteError(ArithmeticError):
+    """The loss or the gradient was not finite at ``step``."""
+
+    def __init__(self, step: int):
+        super().__init__(f"The loss or its gradient is not finite at step {step}.")
+        self.step = step
+
+
+class TrainResult(NamedTuple):
+    """What the loop leaves: the state on the host, and whether it reached ``num_steps``."""
+
+    state: TrainState
+    is_finished: bool
+
+
+def choose_devices(batch_size: int, num_devices: int = 0) -> list[jax.Device]:
+    """The devices that a batch is split over.
+
+    Args:
+      batch_size: examples of the global batch.
+      num_devices: how many; 0 takes the largest number that divides the batch. Several processes
+        always use all their devices.
+
+    Raises:
+      ValueError: if the devices do not exist or do not divide the batch.
+    """
+    devices = jax.devices()
+    if jax.process_count() > 1:
+        if num_devices not in (0, len(devices)):
+            raise ValueError(
+                f"num_devices is {num_devices}; {jax.process_count()} processes use all of their "
+                f"{len(devices)} devices, so it must be 0 or {len(devices)}."
+            )
+        num_devices = len(devices)
+    if num_devices == 0:
+        num_devices = max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)
+    if num_devices > len(devices):
+        raise ValueError(
+            f"num_devices is {num_devices}; this machine has {len(devices)} "
+            f"{devices[0].platform} devices."
+        )
+    if batch_size % num_devices:
+        raise ValueError(
+            f"batch_size is {batch_size}; it must be a multiple of the {num_devices} devices."
+        )
+    return devices[:num_devices]
+
+
+def init_state(run: Run, config: TrainingConfig) -> TrainState:
+    """The state of a run before its first update, a function of ``config.seed``."""
+    build = jax.jit(
+        lambda key: initial_state(
+            key, run.init, run.objective, run.optimizer, run.source, config.batch_size
+        )
+    )
+    return build(jax.random.key(config.seed))
+
+
+def train(
+    run: Run,
+    config: TrainingConfig,
+    *,
+    checkpointer: Checkpointer | None = None,
+    initial: TrainState | None = None,
+    on_log: Callable[[int, dict[str, float], float], None] | None = None,
+    on_call: Callable[[int, dict[str, float]], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> TrainResult:
+    """Trains until ``config.num_steps``, a stop, or a loss that is not finite.
+
+    Args:
+      run: what is trained.
+      config: how long, how often.
+      checkpointer: where states are saved; ``None`` saves nothing.
+      initial: the state to go on from; a fresh one by default.
+      on_log: called at log points with the step, the metrics (means over the last call) and the
+        updates a second since the last log point. A log point is every ``log_every`` steps, every
+        checkpoint and the end.
+      on_call: called after every call with the step and its metrics, for progress display.
+      should_stop: asked between calls; ``True`` saves the state and returns.
+
+    Returns:
+      A ``TrainResult``.
+
+    Raises:
+      NonFiniteError: naming the step; checkpoints saved before it are good.
+      ValueError: if the devices do not fit the batch.
+    """
+    devices = choose_devices(config.batch_size, config.num_devices)
+    update = make_update(
+        run.objective,
+        run.optimizer,
+        run.source,
+        batch_size=config.batch_size,
+        ema_decay=config.ema_decay,
+        axis_name=AXIS_NAME,
+    )
+    program = data_parallel(make_update_many(update), devices=devices, backend=config.backend)
+    state = init_state(run, config) if initial is None else initial
+    step = int(state.step)
+    replicated, split = program.place(state._replace(carry=()), state.carry)
+    arrays = program.place_constant(run.source.arrays)
+    clock = _Clock(step)
+
+    def collect() -> TrainState:
+        host_replicated, host_split = program.collect(replicated, split)
+        return host_replicated._replace(carry=host_split)
+
+    def read(end: int, device_metrics, extra: dict[str, float] | None = None) -> None:
+        metrics = {name: value.item() for name, value in jax.device_get(device_metrics).items()}
+        bad_step = metrics.pop("bad_step")
+        if bad_step >= 0:
+            raise NonFiniteError(bad_step)
+        if on_call is not None:
+            on_call(end, metrics)
+        if on_log is not None and (_is_save(config, end) or end % config.log_every == 0):
+            on_log(end, {**metrics, **(extra or {})}, clock.rate(end))
+
+    saved_step, stopping, pending = step, False, None
+    while step < config.num_steps and not stopping:
+        end = _next_end(config, step)
+        constant = (arrays, program.place_constant(jnp.asarray(end - step, jnp.int32)))
+        replicated, split, metrics = program.step(replicated, split, constant)
+        if pending is not None:
+            read(*pending)
+        step, pending = end, (end, metrics)
+        stopping = _all_agree_to_stop(should_stop(), step)
+        if _is_save(config, step) or stopping:
+            extra = {}
+            if checkpointer is not None or run.monitor is not None:
+                jax.block_until_ready(metrics)
+                read_now, pending = pending, None
+                if int(jax.device_get(metrics["bad_step"])) >= 0:
+                    read(*read_now)
+                current = collect()
+                if run.monitor is not None and _is_save(config, step):
+                    monitor_key = jax.random.fold_in(jax.random.key(config.seed), step)
+                    extra = run.monitor(monitor_key, current)
+                read(*read_now, extra)
+                if checkpointer is not None:
+                    checkpointer.save(step, current, extra)
+                    saved_step = step
+    if pending is not None:
+        read(*pending)
+    if checkpointer is not None:
+        checkpointer.wait()
+        _log.info("Saved step %d.", saved_step)
+    return TrainResult(collect(), step >= config.num_steps)
+
+
+def _is_save(config: TrainingConfig, step: int) -> bool:
+    return step % config.checkpoint_every == 0 or step == config.num_steps
+
+
+def _next_end(config: TrainingConfig, step: int) -> int:
+    """The next multiple of anything that ends a call."""
+    periods = (config.steps_per_call, config.log_every, config.checkpoint_every)
+    return min(config.num_steps, *(step - step % period + period for period in periods))
+
+
+def _all_agree_to_stop(wants_to_stop: bool, step: int) -> bool:
+    """Several processes stop together, at the step that their scheduler's signal asks for."""
+    if jax.process_count() == 1:
+        return wants_to_stop
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+class _Clock:
+    """Updates a second between log points, the first interval (compilation) included once."""
+
+    def __init__(self, step: int):
+        self._step, self._time = step, time.perf_counter()
+
+    def rate(self, step: int) -> float:
+        now = time.perf_counter()
+        rate = (step - self._step) / max(now - self._time, 1e-9)
+        self._step, self._time = step, now
+        return rate

@@ -1,0 +1,82 @@
+"""Where the metrics of a run go: one JSON object a line, and TensorBoard events.
+
+``metrics.jsonl`` holds what the run computed and nothing of the machine, so that a run which was
+stopped and resumed writes the same lines as one which was not. Speed goes to TensorBoard.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+__all__ = ["MetricsWriter", "read_metrics"]
+
+
+def read_metrics(path: str | Path) -> list[dict[str, float]]:
+    """Reads ``metrics.jsonl``; a last line cut short by a kill is left out.
+
+    Raises:
+      ValueError: naming the line that is not a JSON object with a step.
+    """
+    rows = []
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            row["step"]
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):  # no newline after it: the writer was stopped in the middle
+                break
+            raise ValueError(f"{path}, line {number} is not a JSON object with a step.") from None
+        rows.append(row)
+    return rows
+
+
+class MetricsWriter:
+    """Appends to ``metrics.jsonl`` and TensorBoard events in ``workdir``.
+
+    Args:
+      workdir: the run directory.
+      resume_step: the step that the run goes on from; later lines, written by a run that was
+        killed after its last checkpoint, are dropped.
+    """
+
+    def __init__(self, workdir: str | Path, *, resume_step: int = 0):
+        self.path = Path(workdir) / "metrics.jsonl"
+        self._rows = []
+        if self.path.exists():
+            self._rows = [row for row in read_metrics(self.path) if row["step"] <= resume_step]
+        _write_atomically(self.path, (json.dumps(row) + "\n" for row in self._rows))
+        self._file = self.path.open("a", encoding="utf-8")
+        from tensorboardX import SummaryWriter
+
+        self._events = SummaryWriter(
+            str(Path(workdir) / "tensorboard"), purge_step=resume_step + 1, flush_secs=10
+        )
+
+    def write(self, step: int, metrics: Mapping[str, float], **machine: float) -> None:
+        """Writes one log point; ``machine`` (speed and the like) goes to TensorBoard only."""
+        row = {"step": step, **{name: float(value) for name, value in metrics.items()}}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in {**row, **machine}.items():
+            if name != "step":
+                self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes everything to disk."""
+        self._file.close()
+        self._events.close()
+
+
+def _write_atomically(path: Path, lines: Iterable[str]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

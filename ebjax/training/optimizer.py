@@ -1,0 +1,74 @@
+"""Optimizers of the recipes: Adam with warm-up, decay and clipping, and groups with own rates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import optax
+
+__all__ = ["adam", "by_group", "learning_rate_schedule"]
+
+
+def learning_rate_schedule(
+    peak: float, *, warmup_steps: int = 0, decay_steps: int = 0, final_fraction: float = 0.0
+) -> optax.Schedule:
+    """Linear warm-up to ``peak``, then cosine decay to ``final_fraction * peak``.
+
+    Args:
+      peak: the largest learning rate.
+      warmup_steps: steps of linear increase from 0; 0 starts at ``peak``.
+      decay_steps: the step at which the decay ends, counted from the start; 0 keeps ``peak``.
+      final_fraction: what is left of ``peak`` at the end, in [0, 1].
+
+    Raises:
+      ValueError: if the decay would end before the warm-up does.
+    """
+    if decay_steps and decay_steps <= warmup_steps:
+        raise ValueError(
+            f"learning_rate_decay_steps is {decay_steps}; it must be 0 or more than the "
+            f"{warmup_steps} steps of warm-up."
+        )
+    if decay_steps:
+        start = 0.0 if warmup_steps else peak
+        return optax.warmup_cosine_decay_schedule(
+            start, peak, warmup_steps, decay_steps, end_value=final_fraction * peak
+        )
+    if warmup_steps:
+        return optax.linear_schedule(0.0, peak, warmup_steps)
+    return optax.constant_schedule(peak)
+
+
+def adam(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    gradient_clip: float = 0.0,
+) -> optax.GradientTransformation:
+    """Adam on gradients whose global norm is clipped to ``gradient_clip`` (0 does not clip)."""
+    steps = [optax.clip_by_global_norm(gradient_clip)] if gradient_clip else []
+    return optax.chain(*steps, optax.adam(learning_rate, b1=b1, b2=b2))
+
+
+def by_group(optimizers: Mapping[str, optax.GradientTransformation]) -> optax.GradientTransformation:
+    """One optimizer for each top-level entry of a ``params`` dict.
+
+    Args:
+      optimizers: by the name of the entry, all entries named.
+
+    >>> import jax.numpy as jnp
+    >>> groups = by_group({"policy": optax.sgd(0.001), "log_z": optax.sgd(0.1)})
+    >>> params = {"policy": jnp.ones(()), "log_z": jnp.ones(())}
+    >>> updates, _ = groups.update(params, groups.init(params))
+    >>> float(updates["log_z"] / updates["policy"])
+    100.0
+    """
+
+    def labels(params):
+        return {
+            name: jax.tree.map(lambda _, name=name: name, subtree)
+            for name, subtree in params.items()
+        }
+
+    return optax.multi_transform(dict(optimizers), labels)

@@ -1,0 +1,141 @@
+"""The only training step: gradient of an objective, mean over devices, optimizer, average.
+
+    g = mean over devices of grad_params loss(params, carry, keys, batch)
+    params <- params + optimizer(g),    ema <- d ema + (1 - d) params
+
+with ``d = min(ema_decay, (1 + step) / (10 + step))``, so that the average forgets the
+initialisation at first and then settles to its decay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ebjax.numerics import all_finite, example_keys
+from ebjax.types import Objective, PyTree, Source, TrainState
+
+__all__ = ["initial_state", "make_update", "make_update_many"]
+
+
+def _example_batch(source: Source, key, step, index, batch_size, arrays):
+    """Examples of the slots ``index`` at ``step``, and a key for each to be used by the loss."""
+    stream_key, loss_key = jax.random.split(key)
+    position = step.astype(jnp.uint32) * jnp.uint32(batch_size) + index.astype(jnp.uint32)
+    batch = jax.vmap(source.example, (None, None, 0))(arrays, stream_key, position)
+    return batch, example_keys(loss_key, step, index)
+
+
+def initial_state(
+    key: jax.Array,
+    init: Callable[[jax.Array], PyTree],
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    source: Source,
+    batch_size: int,
+) -> TrainState:
+    """The state before the first update, with a global ``carry`` of ``batch_size`` slots."""
+    params_key, carry_key, run_key = jax.random.split(key, 3)
+    params = init(params_key)
+    step = jnp.zeros((), jnp.int32)
+    index = jnp.arange(batch_size)
+    batch, _ = _example_batch(source, run_key, step, index, batch_size, source.arrays)
+    return TrainState(
+        step=step,
+        params=params,
+        ema=params,
+        opt_state=optimizer.init(params),
+        carry=objective.init(carry_key, params, batch),
+        key=run_key,
+    )
+
+
+def make_update(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    source: Source,
+    *,
+    batch_size: int,
+    ema_decay: float = 0.999,
+    axis_name: str | None = None,
+) -> Callable[[TrainState, PyTree], tuple[TrainState, dict[str, jax.Array]]]:
+    """Builds the training step.
+
+    Args:
+      objective: what is minimised.
+      optimizer: turns the mean gradient into an update.
+      source: where the batch comes from.
+      batch_size: examples of the global batch.
+      ema_decay: decay of the average, in [0, 1).
+      axis_name: the mapped axis over which devices average gradients, ``None`` on one device.
+
+    Returns:
+      ``(state, arrays) -> (state, metrics)`` for the part of the batch that the device holds.
+    """
+
+    def update(state: TrainState, arrays: PyTree) -> tuple[TrainState, dict[str, jax.Array]]:
+        local_size = batch_size
+        index = jnp.arange(batch_size)
+        if axis_name is not None:
+            local_size //= jax.lax.axis_size(axis_name)
+            index = jax.lax.axis_index(axis_name) * local_size + jnp.arange(local_size)
+        batch, keys = _example_batch(source, state.key, state.step, index, batch_size, arrays)
+        (loss, (carry, metrics)), gradient = jax.value_and_grad(objective.loss, has_aux=True)(
+            state.params, state.carry, keys, batch
+        )
+        metrics = {"loss": loss, **metrics}
+        if axis_name is not None:
+            gradient, metrics = jax.lax.pmean((gradient, metrics), axis_name)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        count = state.step.astype(jnp.float32)
+        decay = jnp.minimum(ema_decay, (1.0 + count) / (10.0 + count))
+        ema = jax.tree.map(lambda e, p: e + (1.0 - decay).astype(p.dtype) * (p - e), state.ema, params)
+        metrics["gradient_norm"] = optax.global_norm(gradient)
+        state = state._replace(
+            step=state.step + 1, params=params, ema=ema, opt_state=opt_state, carry=carry
+        )
+        return state, metrics
+
+    return update
+
+
+def make_update_many(update: Callable) -> Callable[[PyTree, PyTree, PyTree], tuple]:
+    """Many updates in one dispatch, in the form that ``data_parallel`` takes.
+
+    Returns:
+      ``(state without carry, carry, (arrays, num_steps)) -> (state, carry, metrics)``. Metrics are
+      means over the ``num_steps`` updates; ``num_steps`` is traced, so one program serves calls of
+      all lengths. ``metrics["bad_step"]`` is the first step whose loss or gradient is not finite,
+      or -1.
+    """
+    # The inner jit is there for its trace cache: the shapes of the metrics are asked for first,
+    # and the loop body then reuses the same trace.
+    update = jax.jit(update)
+
+    def update_many(state: TrainState, carry: PyTree, constant: PyTree):
+        arrays, num_steps = constant
+        state = state._replace(carry=carry)
+        shapes = jax.eval_shape(update, state, arrays)[1]
+        totals = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+        def body(_, loop):
+            state, totals, bad_step = loop
+            step = state.step
+            state, metrics = update(state, arrays)
+            is_bad = ~all_finite((metrics["loss"], metrics["gradient_norm"]))
+            bad_step = jnp.where((bad_step < 0) & is_bad, step, bad_step)
+            return state, jax.tree.map(jnp.add, totals, metrics), bad_step
+
+        state, totals, bad_step = jax.lax.fori_loop(
+            0, num_steps, body, (state, totals, jnp.full((), -1, jnp.int32))
+        )
+        metrics = jax.tree.map(lambda total: total / num_steps, totals)
+        return state._replace(carry=()), state.carry, {**metrics, "bad_step": bad_step}
+
+    return update_many
+
+

@@ -1,0 +1,233 @@
+"""Contracts of the engine: small tuples of pure functions, all written for one example.
+
+Sign convention, relied on everywhere: an energy ``E(params, x)`` defines the law
+
+    p(x) = exp(-E(params, x)) / Z,    log Z = log ∫ exp(-E(params, x)) dx,
+
+so lower energy is likelier, and a GFlowNet's log reward is ``-E(x) / temperature``.
+
+Shape legend used in all docstrings: ``B`` examples of a global batch, ``C`` chains, ``N`` samples,
+``T`` steps of a trajectory, ``D`` dimensions, ``A`` actions; ``[]`` is a scalar; ``...`` is the
+shape of one example (for a pytree, of each of its leaves).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import optax
+
+PyTree = Any
+Params = PyTree
+Position = PyTree
+Metrics = Mapping[str, jax.Array]
+
+__all__ = [
+    "Energy",
+    "EnergyFn",
+    "Kernel",
+    "Metrics",
+    "Moments",
+    "Objective",
+    "Params",
+    "Position",
+    "PyTree",
+    "Recipe",
+    "Run",
+    "Source",
+    "Target",
+    "TrainState",
+    "bind",
+]
+
+
+class EnergyFn(Protocol):
+    """``(params, x, *context) -> []``: the energy of one example, lower is likelier."""
+
+    def __call__(self, params: Params, x: Position, /, *context: Any) -> jax.Array:
+        """Returns the energy of ``x``, a scalar."""
+
+
+class Energy(NamedTuple):
+    """A parametric energy.
+
+    Attributes:
+      init: ``(key, x) -> params``, given one example ``x`` (its values do not matter).
+      apply: the ``EnergyFn``.
+    """
+
+    init: Callable[[jax.Array, Position], Params]
+    apply: EnergyFn
+
+
+class Moments(NamedTuple):
+    """First two moments of a law on R^D: ``mean`` [D] and ``covariance`` [D, D]."""
+
+    mean: jax.Array
+    covariance: jax.Array
+
+
+class Target(NamedTuple):
+    """A known law, for tests, benchmarks and rewards; what is not known is ``None``.
+
+    Attributes:
+      energy: an ``EnergyFn`` that ignores its ``params`` (pass ``()``).
+      event_shape: shape of one example.
+      log_z: log of the normaliser of ``exp(-energy)``.
+      sample: ``key -> x``, one exact draw.
+      moments: exact mean and covariance.
+      modes: [number of modes, ...], one point a mode.
+    """
+
+    energy: EnergyFn
+    event_shape: tuple[int, ...]
+    log_z: float | None = None
+    sample: Callable[[jax.Array], jax.Array] | None = None
+    moments: Moments | None = None
+    modes: jax.Array | None = None
+
+
+class Kernel(NamedTuple):
+    """One transition of one Markov chain.
+
+    ``params`` is an argument of both functions and may be traced, so that a kernel inside a
+    training step is compiled once, however often the parameters change.
+
+    Attributes:
+      init: ``(energy_fn, params, position) -> state``. Every state has a field ``position``.
+      step: ``(key, energy_fn, params, state) -> (state, info)``. ``info`` is a tuple of arrays
+        for diagnosis; every info has the field ``is_finite``.
+    """
+
+    init: Callable[[EnergyFn, Params, Position], Any]
+    step: Callable[[jax.Array, EnergyFn, Params, Any], tuple[Any, Any]]
+
+
+class Objective(NamedTuple):
+    """What a training step minimises.
+
+    ``carry`` is what persists between steps and belongs to examples: chains, replay, exploration
+    counters. The leading axis of each of its leaves is the example slot of the global batch, so
+    it is split over devices as the batch is, and a run may resume on another number of them.
+
+    Attributes:
+      init: ``(key, params, batch) -> carry`` for a global batch [B, ...].
+      loss: ``(params, carry, keys, batch) -> (loss [], (carry, metrics))`` for the part of the
+        batch that one device holds; ``keys`` [B] is one key an example, and ``metrics`` are
+        scalars. Loss and metrics are means over examples, so that their mean over devices is
+        their mean over the batch.
+    """
+
+    init: Callable[[jax.Array, Params, PyTree], PyTree]
+    loss: Callable[
+        [Params, PyTree, jax.Array, PyTree], tuple[jax.Array, tuple[PyTree, dict[str, jax.Array]]]
+    ]
+
+
+class Source(NamedTuple):
+    """Where examples come from: a pure function of a key and a position in the stream.
+
+    Attributes:
+      arrays: what the function reads; lives on the devices, once each.
+      example: ``(arrays, key, position) -> example``. ``key`` is the same during the whole run;
+        ``position`` [] uint32 counts examples from its start (step times batch size plus slot),
+        so the step is the whole state of the stream. Noise comes from ``fold_in(key, position)``.
+    """
+
+    arrays: PyTree
+    example: Callable[[PyTree, jax.Array, jax.Array], PyTree]
+
+
+class TrainState(NamedTuple):
+    """All that a run needs to go on, beside its config.
+
+    Attributes:
+      step: [] int32, updates done.
+      params: the parameters.
+      ema: exponential moving average of the parameters.
+      opt_state: the optimizer's state.
+      carry: the objective's per-example state, leading axis ``B`` (see ``Objective``).
+      key: the run's key, never changed; step and example index are folded into it.
+    """
+
+    step: jax.Array
+    params: Params
+    ema: Params
+    opt_state: optax.OptState
+    carry: PyTree
+    key: jax.Array
+
+
+class Run(NamedTuple):
+    """A recipe made concrete: everything that the training loop and the commands need.
+
+    Functions that take a state get it with global leading axes (``carry`` [B, ...]) and run
+    outside the training step.
+
+    Attributes:
+      init: ``key -> params``.
+      objective: what is minimised.
+      optimizer: how.
+      source: where examples come from.
+      sample: ``(key, state, num_samples) -> arrays by name``, each [N, ...].
+      evaluate: ``(key, state) -> figures by name`` (floats).
+      figures: ``(key, state, samples) -> matplotlib figures by name``.
+      monitor: ``(key, state) -> figures by name``, cheap enough for every checkpoint, or ``None``.
+      monitor_name: the figure of ``monitor`` that says which checkpoint is best; lower is better.
+      progress: the metrics that a person watches while the run goes on.
+    """
+
+    init: Callable[[jax.Array], Params]
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    source: Source
+    sample: Callable[[jax.Array, TrainState, int], dict[str, Any]]
+    evaluate: Callable[[jax.Array, TrainState], dict[str, float]]
+    figures: Callable[[jax.Array, TrainState, dict[str, Any]], dict[str, Any]]
+    monitor: Callable[[jax.Array, TrainState], dict[str, float]] | None = None
+    monitor_name: str | None = None
+    progress: tuple[str, ...] = ("loss",)
+
+
+class Recipe(NamedTuple):
+    """A published system, or a user's own, in one file.
+
+    Attributes:
+      config: a frozen dataclass derived from ``ebjax.training.TrainingConfig``; its fields are
+        the settings, each with a default and a line of help.
+      build: ``config -> Run``.
+    """
+
+    config: type
+    build: Callable[[Any], Run]
+
+
+class bind(functools.partial):  # noqa: N801  (a function to its callers)
+    """``functools.partial`` that is equal to another one with the same function and options.
+
+    Compiled functions are cached by their static arguments. Kernels made by ``bind`` from equal
+    options are equal, so making the same kernel twice does not compile twice. Options that cannot
+    be hashed (arrays) fall back to identity.
+
+    >>> bind(max, default=1) == bind(max, default=1)
+    True
+    >>> bind(max, default=1) == bind(max, default=2)
+    False
+    """
+
+    def _token(self) -> Any:
+        token = (self.func, self.args, tuple(sorted(self.keywords.items())))
+        try:
+            hash(token)
+        except TypeError:
+            return id(self)
+        return token
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, bind) and self._token() == other._token())
+
+    def __hash__(self) -> int:
+        return hash(self._token())

@@ -1,0 +1,129 @@
+"""A map over the first ``count`` of N items whose cost, forward and backward, follows ``count``.
+
+``count`` is known only when the program runs. Work is done in chunks of a fixed size inside a
+``while`` loop, which reverse-mode differentiation cannot pass through, so the gradient is written
+out: the backward pass is a second loop over the same chunks that evaluates each one again and sums
+the gradients of the parameters. Nothing is kept between the two passes but the inputs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from ebjax.types import Params, PyTree
+
+__all__ = ["compact_map", "compact_order"]
+
+
+def compact_order(needed: jax.Array, chunk_size: int) -> jax.Array:
+    """Indices of the needed items first, then the others, padded to whole chunks.
+
+    Args:
+      needed: [N] bool.
+      chunk_size: items of a chunk.
+
+    Returns:
+      [M] int32 with M the next multiple of ``chunk_size``.
+
+    >>> compact_order(jnp.array([False, True, True]), 2).tolist()
+    [1, 2, 0, 0]
+    """
+    size = needed.shape[0]
+    count = needed.sum()
+    place = jnp.where(needed, jnp.cumsum(needed) - 1, count + jnp.cumsum(~needed) - 1)
+    padded = -(-size // chunk_size) * chunk_size
+    return jnp.zeros(padded, jnp.int32).at[place].set(jnp.arange(size, dtype=jnp.int32))
+
+
+def compact_map(
+    fn: Callable[[Params, PyTree], PyTree],
+    params: Params,
+    items: PyTree,
+    needed: jax.Array,
+    *,
+    recorded: PyTree | None = None,
+    like: PyTree | None = None,
+    chunk_size: int,
+) -> PyTree:
+    """``fn(params, item)`` at the needed items and 0 at the others, with gradient to ``params``.
+
+    Args:
+      fn: for one item; returns scalars.
+      params: what gets gradient. Items get none.
+      items: [N, ...].
+      needed: [N] bool.
+      recorded: the values [N], where they are known already (and are 0 where not needed); then
+        the forward pass is skipped, and only the backward one evaluates ``fn``.
+      like: the tree of scalars that ``fn`` returns, needed where nothing is recorded.
+      chunk_size: items evaluated at a time.
+
+    Returns:
+      What ``fn`` returns, [N].
+    """
+    order = compact_order(needed, chunk_size)
+    count = needed.sum()
+    if recorded is None:
+        size = needed.shape[0]
+        values = jax.tree.map(lambda leaf: jnp.zeros(size, jnp.result_type(leaf)), like)
+        chunked = jax.vmap(fn, (None, 0))
+        frozen = jax.lax.stop_gradient(params)
+
+        def body(i, values):
+            index, is_real = _chunk(order, count, i, chunk_size)
+            out = chunked(frozen, _take(items, index))
+            # Items past the count are written outside the array, which drops them.
+            index = jnp.where(is_real, index, size)
+            return jax.tree.map(lambda v, o: v.at[index].set(o, mode="drop"), values, out)
+
+        recorded = jax.lax.fori_loop(0, _num_chunks(count, chunk_size), body, values)
+    recorded = jax.lax.stop_gradient(recorded)
+    return _with_gradient(fn, chunk_size, params, (items, order, count), recorded)
+
+
+def _num_chunks(count: jax.Array, chunk_size: int) -> jax.Array:
+    return (count + chunk_size - 1) // chunk_size
+
+
+def _chunk(order, count, i, chunk_size):
+    index = jax.lax.dynamic_slice(order, (i * chunk_size,), (chunk_size,))
+    return index, i * chunk_size + jnp.arange(chunk_size) < count
+
+
+def _take(items: PyTree, index: jax.Array) -> PyTree:
+    return jax.tree.map(lambda leaf: jnp.take(leaf, index, axis=0, mode="clip"), items)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _with_gradient(fn, chunk_size, params, work, values):
+    """``values``, which are those of ``fn`` at ``params``, with the gradient that they have."""
+    del fn, chunk_size, params, work
+    return values
+
+
+def _forward(fn, chunk_size, params, work, values):
+    del fn, chunk_size
+    return values, (params, work)
+
+
+def _backward(fn, chunk_size, residuals, cotangents):
+    params, (items, order, count) = residuals
+
+    def body(i, gradient):
+        index, is_real = _chunk(order, count, i, chunk_size)
+        chunk_items = _take(items, index)
+        chunk_cotangents = jax.tree.map(
+            lambda leaf: jnp.where(is_real, leaf[index], 0), cotangents
+        )
+        _, pullback = jax.vjp(lambda p: jax.vmap(fn, (None, 0))(p, chunk_items), params)
+        return jax.tree.map(jnp.add, gradient, pullback(chunk_cotangents)[0])
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    gradient = jax.lax.fori_loop(0, _num_chunks(count, chunk_size), body, zeros)
+    return gradient, None, None
+
+
+_with_gradient.defvjp(_forward, _backward)

@@ -1,0 +1,63 @@
+"""Laws over actions: the categorical over what is allowed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ebjax.numerics import masked_log_softmax
+
+__all__ = ["MaskedCategorical"]
+
+
+class MaskedCategorical(NamedTuple):
+    """Categorical over the allowed actions, ``p_a ∝ exp(logit_a)``, mixed with the uniform law.
+
+        p = (1 - ε) softmax(logits over allowed) + ε uniform(allowed)
+
+    Attributes:
+      logits: [A].
+      mask: [A] bool, ``True`` where allowed.
+      epsilon: [] share of the uniform law; changes what ``sample`` draws, and ``probs``.
+
+    >>> law = MaskedCategorical(jnp.zeros(3), jnp.array([True, False, True]))
+    >>> law.explore(1.0).probs().tolist()
+    [0.5, 0.0, 0.5]
+    """
+
+    logits: jax.Array
+    mask: jax.Array
+    epsilon: jax.Array | float = 0.0
+
+    def log_probs(self) -> jax.Array:
+        """[A] log-probabilities of the policy itself, without exploration; -inf where forbidden."""
+        return masked_log_softmax(self.logits, self.mask)
+
+    def log_prob(self, action: jax.Array) -> jax.Array:
+        """[] log-probability of an action under the policy itself, without exploration."""
+        return self.log_probs()[action]
+
+    def probs(self) -> jax.Array:
+        """[A] probabilities that ``sample`` uses."""
+        uniform = self.mask / jnp.maximum(self.mask.sum(), 1)
+        return (1.0 - self.epsilon) * jnp.exp(self.log_probs()) + self.epsilon * uniform
+
+    def sample(self, key: jax.Array) -> jax.Array:
+        """[] int32, by inversion of the distribution function: one uniform number a draw.
+
+        A forbidden action adds nothing to the distribution function and is never drawn.
+        """
+        cumulative = jnp.cumsum(self.probs())
+        # Less than the total also after rounding, so the last allowed action bounds the index.
+        threshold = jax.random.uniform(key, dtype=cumulative.dtype) * cumulative[-1]
+        return jnp.sum(cumulative <= threshold).astype(jnp.int32)
+
+    def is_certain(self) -> jax.Array:
+        """[] bool: whether at most one action is allowed."""
+        return self.mask.sum() <= 1
+
+    def explore(self, epsilon: jax.Array | float) -> MaskedCategorical:
+        """The same law with share ``epsilon`` of uniform exploration in ``sample``."""
+        return self._replace(epsilon=epsilon)

@@ -1,0 +1,331 @@
+"""Rollouts that end when the last trajectory does, and scoring of the states really visited.
+
+Sampling runs a ``while_loop`` over time steps of the whole batch. It stops as soon as all are done,
+so its cost follows the longest trajectory of the batch and not the longest that there could be.
+
+Scoring (log-probabilities *with gradient*) gathers the visited states of all trajectories into
+chunks of a fixed size and runs over as many chunks as there are; a batch whose trajectories are
+short costs little, and one compiled program serves all lengths. States that offer no choice are
+not evaluated. Where trajectories were drawn under the same parameters, their recorded
+log-probabilities are the values, and only the gradient is computed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ebjax.types import Params, PyTree
+from gflownet.compaction import compact_map
+from gflownet.types import Environment, Policy, State, Trajectories
+
+__all__ = ["Scores", "backward_rollout", "forward_rollout", "score"]
+
+
+class Scores(NamedTuple):
+    """Log-probabilities of trajectories with gradient to the policy's parameters.
+
+    Attributes:
+      log_pf: [T, B], 0 where not valid.
+      log_pb: [T, B], 0 where not valid.
+    """
+
+    log_pf: jax.Array
+    log_pb: jax.Array
+
+
+class _Buffers(NamedTuple):
+    """What a rollout writes, one row a time step."""
+
+    states: State
+    actions: jax.Array
+    valid: jax.Array
+    is_choice: jax.Array
+    here: jax.Array
+    last: jax.Array
+
+
+def _write(buffers: PyTree, row: PyTree, t: jax.Array) -> PyTree:
+    return jax.tree.map(
+        lambda buffer, value: jax.lax.dynamic_update_index_in_dim(
+            buffer, value.astype(buffer.dtype), t, 0
+        ),
+        buffers,
+        row,
+    )
+
+
+def _roll(keys, environment: Environment, start, transition, *, extra_step: bool):
+    """Repeats ``transition`` over the batch until no trajectory moves.
+
+    Args:
+      keys: [B].
+      environment: for its length.
+      start: [B, ...] states.
+      transition: ``(key, state, last action, is first step) -> (next state, moves, action,
+        log-probability of the action, log-probability of the last action in the other direction,
+        is_choice)`` for one trajectory; ``moves`` says whether the trajectory took an action.
+      extra_step: whether one more evaluation follows the last action.
+
+    Returns:
+      ``(final states, buffers)``; row t of the buffers belongs to step t, ``here`` is the
+      log-probability of the action taken at t and ``last`` that of the one before.
+    """
+    length, batch_size = environment.max_length, keys.shape[0]
+    step_keys = jax.vmap(lambda key: jax.random.split(key, length + 1), out_axes=1)(keys)
+    rows, shape = length + 1, (length + 1, batch_size)
+    buffers = _Buffers(
+        states=jax.tree.map(lambda leaf: jnp.zeros((rows, *leaf.shape), leaf.dtype), start),
+        actions=jnp.zeros(shape, jnp.int32),
+        valid=jnp.zeros(shape, bool),
+        is_choice=jnp.zeros(shape, bool),
+        here=jnp.zeros(shape),
+        last=jnp.zeros(shape),
+    )
+
+    def body(loop):
+        t, states, actions, moved, _, buffers = loop
+        moves, next_states, next_actions, here, last, is_choice = jax.vmap(
+            transition, (0, 0, 0, None)
+        )(step_keys[t], states, actions, t == 0)
+        row = _Buffers(
+            states=states,
+            actions=next_actions,
+            valid=moves,
+            is_choice=is_choice & (moves | moved),
+            here=jnp.where(moves, here, 0.0),
+            last=jnp.where(moved, last, 0.0),
+        )
+        states = jax.tree.map(
+            lambda new, old: jnp.where(_expand(moves, new), new, old), next_states, states
+        )
+        goes_on = moves.any() if extra_step else (moves & _can_move(states)).any()
+        return t + 1, states, next_actions, moves, goes_on, _write(buffers, row, t)
+
+    def _can_move(states):
+        return jax.vmap(lambda state: environment.forward_mask(state).any())(states)
+
+    _, final, _, _, _, buffers = jax.lax.while_loop(
+        lambda loop: loop[4] & (loop[0] < rows),
+        body,
+        (
+            jnp.zeros((), jnp.int32),
+            start,
+            jnp.zeros(batch_size, jnp.int32),
+            jnp.zeros(batch_size, bool),
+            jnp.ones((), bool),
+            buffers,
+        ),
+    )
+    return final, buffers
+
+
+def _expand(mask: jax.Array, leaf: jax.Array) -> jax.Array:
+    return mask.reshape(mask.shape + (1,) * (leaf.ndim - mask.ndim))
+
+
+def forward_rollout(
+    keys: jax.Array,
+    environment: Environment,
+    policy: Policy,
+    params: Params,
+    *,
+    epsilon: jax.Array | float = 0.0,
+    reward_params: Params = (),
+) -> Trajectories:
+    """Samples trajectories from the source by P_F, mixed with uniform exploration.
+
+    Args:
+      keys: [B] one key a trajectory.
+      environment: the graph.
+      policy: P_F and P_B.
+      params: the policy's parameters.
+      epsilon: [] share of uniform exploration in what is drawn; log-probabilities are always those
+        of the policy itself.
+      reward_params: the first argument of ``environment.log_reward``.
+
+    Returns:
+      ``Trajectories``, no part of which carries gradient.
+    """
+    params, reward_params = jax.lax.stop_gradient((params, reward_params))
+
+    def transition(key, state, last_action, is_first):
+        forward_mask = environment.forward_mask(state)
+        output = policy.apply(
+            params, environment.observe(state), forward_mask, environment.backward_mask(state)
+        )
+        moves = forward_mask.any()
+        action = jnp.where(moves, output.forward.explore(epsilon).sample(key), 0)
+        is_choice = (moves & ~output.forward.is_certain()) | (
+            ~is_first & ~output.backward.is_certain()
+        )
+        return (
+            moves,
+            environment.step(state, action),
+            action,
+            output.forward.log_prob(action),
+            output.backward.log_prob(last_action),
+            is_choice,
+        )
+
+    # P_B of the last step is told by the state after it, unless it undoes a stop: then it is 1.
+    final, buffers = _roll(
+        keys,
+        environment,
+        jax.vmap(environment.initial)(keys),
+        transition,
+        extra_step=environment.stop_action is None,
+    )
+    trajectories = Trajectories(
+        states=buffers.states,
+        actions=buffers.actions[:-1],
+        valid=buffers.valid[:-1],
+        is_choice=buffers.is_choice,
+        log_pf=buffers.here[:-1],
+        log_pb=buffers.last[1:],
+        terminal=final,
+        log_reward=jax.vmap(environment.log_reward, (None, 0))(reward_params, final),
+    )
+    return jax.lax.stop_gradient(trajectories)
+
+
+def backward_rollout(
+    keys: jax.Array,
+    environment: Environment,
+    policy: Policy,
+    params: Params,
+    terminal: State,
+    *,
+    reward_params: Params = (),
+) -> Trajectories:
+    """Samples trajectories that end in given terminal states, by P_B from the end to the source.
+
+    Args:
+      keys: [B] one key a trajectory.
+      environment: the graph.
+      policy: P_F and P_B.
+      params: the policy's parameters.
+      terminal: [B, ...] terminal states.
+      reward_params: the first argument of ``environment.log_reward``.
+
+    Returns:
+      ``Trajectories`` in forward order, no part of which carries gradient.
+    """
+    params, reward_params = jax.lax.stop_gradient((params, reward_params))
+
+    def transition(key, state, last_action, is_first):
+        backward_mask = environment.backward_mask(state)
+        output = policy.apply(
+            params, environment.observe(state), environment.forward_mask(state), backward_mask
+        )
+        moves = backward_mask.any()
+        action = jnp.where(moves, output.backward.sample(key), 0)
+        is_choice = (moves & ~output.backward.is_certain()) | (
+            ~is_first & ~output.forward.is_certain()
+        )
+        return (
+            moves,
+            environment.undo(state, action),
+            action,
+            output.backward.log_prob(action),
+            output.forward.log_prob(last_action),
+            is_choice,
+        )
+
+    # The last evaluation, at the source, tells P_F of the first action.
+    final, buffers = _roll(keys, environment, terminal, transition, extra_step=True)
+    length = buffers.valid.sum(axis=0)
+    rows = jnp.arange(environment.max_length + 1)[:, None]
+
+    def reverse(leaf, shift):
+        """Row t takes what was written at step ``length - shift - t``."""
+        index = jnp.clip(length - shift - rows, 0, environment.max_length)
+        return jnp.take_along_axis(leaf, index.reshape(index.shape + (1,) * (leaf.ndim - 2)), 0)
+
+    valid = (rows < length)[:-1]
+    states = jax.tree.map(
+        lambda leaf, end: reverse(leaf, 0).at[0].set(end), buffers.states, final
+    )
+    trajectories = Trajectories(
+        states=states,
+        actions=jnp.where(valid, reverse(buffers.actions, 1)[:-1], 0),
+        valid=valid,
+        is_choice=reverse(buffers.is_choice, 0) & (rows <= length),
+        log_pf=jnp.where(valid, reverse(buffers.last, 0)[:-1], 0.0),
+        log_pb=jnp.where(valid, reverse(buffers.here, 1)[:-1], 0.0),
+        terminal=terminal,
+        log_reward=jax.vmap(environment.log_reward, (None, 0))(reward_params, terminal),
+    )
+    return jax.lax.stop_gradient(trajectories)
+
+
+def score(
+    environment: Environment,
+    policy: Policy,
+    params: Params,
+    trajectories: Trajectories,
+    *,
+    is_on_policy: bool,
+    chunk_size: int = 64,
+) -> Scores:
+    """Log-probabilities of the trajectories' actions under ``params``, with gradient to them.
+
+    Args:
+      environment: the graph.
+      policy: P_F and P_B.
+      params: the policy's parameters.
+      trajectories: from anywhere.
+      is_on_policy: whether the trajectories were drawn with these very ``params`` (exploration does
+        not matter), so that their recorded log-probabilities are the values.
+      chunk_size: states evaluated at a time.
+
+    Returns:
+      ``Scores``.
+    """
+    states = trajectories.states
+    none = jnp.zeros_like(trajectories.valid[:1])
+    no_action = jnp.zeros_like(trajectories.actions[:1])
+    items = {
+        "state": states,
+        "forward_action": jnp.concatenate([trajectories.actions, no_action]),
+        "backward_action": jnp.concatenate([no_action, trajectories.actions]),
+        "is_left": jnp.concatenate([trajectories.valid, none]),
+        "is_entered": jnp.concatenate([none, trajectories.valid]),
+    }
+    items = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), items)
+    shape = trajectories.is_choice.shape
+
+    def score_state(params, item):
+        state = item["state"]
+        output = policy.apply(
+            params,
+            environment.observe(state),
+            environment.forward_mask(state),
+            environment.backward_mask(state),
+        )
+        log_pf = output.forward.log_prob(item["forward_action"])
+        log_pb = output.backward.log_prob(item["backward_action"])
+        return (
+            jnp.where(item["is_left"], log_pf, 0.0),
+            jnp.where(item["is_entered"], log_pb, 0.0),
+        )
+
+    recorded = None
+    if is_on_policy:
+        zeros = jnp.zeros_like(trajectories.log_pf[:1])
+        recorded = (
+            jnp.concatenate([trajectories.log_pf, zeros]).reshape(-1),
+            jnp.concatenate([zeros, trajectories.log_pb]).reshape(-1),
+        )
+    log_pf, log_pb = compact_map(
+        score_state,
+        params,
+        items,
+        trajectories.is_choice.reshape(-1),
+        recorded=recorded,
+        like=(trajectories.log_pf.dtype.type(0), trajectories.log_pb.dtype.type(0)),
+        chunk_size=chunk_size,
+    )
+    return Scores(log_pf.reshape(shape)[:-1], log_pb.reshape(shape)[1:])

@@ -115,9 +115,7 @@ def _backward(fn, chunk_size, residuals, cotangents):
     def body(i, gradient):
         index, is_real = _chunk(order, count, i, chunk_size)
         chunk_items = _take(items, index)
-        chunk_cotangents = jax.tree.map(
-            lambda leaf: jnp.where(is_real, leaf[index], 0), cotangents
-        )
+        chunk_cotangents = jax.tree.map(lambda leaf: jnp.where(is_real, leaf[index], 0), cotangents)
         _, pullback = jax.vjp(lambda p: jax.vmap(fn, (None, 0))(p, chunk_items), params)
         return jax.tree.map(jnp.add, gradient, pullback(chunk_cotangents)[0])
 

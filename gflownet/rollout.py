@@ -245,9 +245,7 @@ def backward_rollout(
         return jnp.take_along_axis(leaf, index.reshape(index.shape + (1,) * (leaf.ndim - 2)), 0)
 
     valid = (rows < length)[:-1]
-    states = jax.tree.map(
-        lambda leaf, end: reverse(leaf, 0).at[0].set(end), buffers.states, final
-    )
+    states = jax.tree.map(lambda leaf, end: reverse(leaf, 0).at[0].set(end), buffers.states, final)
     trajectories = Trajectories(
         states=states,
         actions=jnp.where(valid, reverse(buffers.actions, 1)[:-1], 0),

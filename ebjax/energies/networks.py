@@ -32,7 +32,9 @@ def from_linen(module: nn.Module) -> Energy:
             )
         return jnp.reshape(out, ())
 
-    return Energy(init=lambda key, x, *context: module.init(key, x, *context)["params"], apply=apply)
+    return Energy(
+        init=lambda key, x, *context: module.init(key, x, *context)["params"], apply=apply
+    )
 
 
 class _MLP(nn.Module):

@@ -180,9 +180,7 @@ def banana(curvature: float = 0.5, scale: float = 2.0) -> Target:
     def energy(params, x):
         del params
         straight = x[1] - curvature * (jnp.square(x[0]) - scale**2)
-        return (
-            0.5 * (jnp.square(x[0] / scale) + jnp.square(straight)) + _LOG_2PI + math.log(scale)
-        )
+        return 0.5 * (jnp.square(x[0] / scale) + jnp.square(straight)) + _LOG_2PI + math.log(scale)
 
     def sample(key):
         z = jax.random.normal(key, (2,))

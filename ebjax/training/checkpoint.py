@@ -77,6 +77,7 @@ class Checkpointer:
             self._directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy(policies),
+                best_fn=_any_metric,  # without it Orbax does not write metrics
                 cleanup_tmp_directories=not read_only,
                 create=not read_only,
                 read_only=read_only,
@@ -86,6 +87,12 @@ class Checkpointer:
     def steps(self) -> list[int]:
         """Steps that were saved, oldest first."""
         return sorted(self._manager.all_steps())
+
+    def best_step(self, name: str | None) -> int | None:
+        """The step whose metric ``name`` was lowest, ``None`` where none was judged."""
+        judged = {step: (self._manager.metrics(step) or {}).get(name) for step in self.steps()}
+        known = {step: value for step, value in judged.items() if value is not None}
+        return min(known, key=known.__getitem__) if known else None
 
     def save(self, step: int, state: PyTree, metrics: Mapping[str, float] | None = None) -> None:
         """Saves a state given as host arrays, the same in all processes.
@@ -163,6 +170,10 @@ class Checkpointer:
     def close(self) -> None:
         """Waits and releases the folder."""
         self._manager.close()
+
+
+def _any_metric(metrics: Mapping[str, float]) -> float:
+    return next(iter(metrics.values()), 0.0)
 
 
 def _first_line(error: Exception) -> str:

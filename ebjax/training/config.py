@@ -11,9 +11,13 @@ from ebjax.parallel import BACKENDS
 __all__ = ["TrainingConfig", "check_at_least", "check_between", "setting"]
 
 
-def setting(default: Any, help: str) -> Any:
-    """A dataclass field with a default and a line of help for the command line."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def setting(default: Any, help: str, *, follows: str | None = None) -> Any:
+    """A dataclass field with a default and a line of help for the command line.
+
+    A field that ``follows`` another one takes its value when it is -1. A run keeps the value that
+    it was made with, also when the other field is changed later.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "follows": follows})
 
 
 def check_at_least(config: Any, minimum: float, *names: str) -> None:
@@ -60,6 +64,9 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         """Checks types and ranges."""
         for field in dataclasses.fields(self):
+            followed = field.metadata.get("follows")
+            if followed is not None and getattr(self, field.name) == -1:
+                object.__setattr__(self, field.name, getattr(self, followed))
             value, default = getattr(self, field.name), field.default
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if isinstance(default, float) and is_number:

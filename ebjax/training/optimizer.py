@@ -51,7 +51,9 @@ def adam(
     return optax.chain(*steps, optax.adam(learning_rate, b1=b1, b2=b2))
 
 
-def by_group(optimizers: Mapping[str, optax.GradientTransformation]) -> optax.GradientTransformation:
+def by_group(
+    optimizers: Mapping[str, optax.GradientTransformation],
+) -> optax.GradientTransformation:
     """One optimizer for each top-level entry of a ``params`` dict.
 
     Args:

@@ -42,7 +42,8 @@ def initial_state(
     params = init(params_key)
     step = jnp.zeros((), jnp.int32)
     index = jnp.arange(batch_size)
-    batch, _ = _example_batch(source, run_key, step, index, batch_size, source.arrays)
+    arrays = jax.tree.map(jnp.asarray, source.arrays)
+    batch, _ = _example_batch(source, run_key, step, index, batch_size, arrays)
     return TrainState(
         step=step,
         params=params,
@@ -93,7 +94,9 @@ def make_update(
         params = optax.apply_updates(state.params, updates)
         count = state.step.astype(jnp.float32)
         decay = jnp.minimum(ema_decay, (1.0 + count) / (10.0 + count))
-        ema = jax.tree.map(lambda e, p: e + (1.0 - decay).astype(p.dtype) * (p - e), state.ema, params)
+        ema = jax.tree.map(
+            lambda e, p: e + (1.0 - decay).astype(p.dtype) * (p - e), state.ema, params
+        )
         metrics["gradient_norm"] = optax.global_norm(gradient)
         state = state._replace(
             step=state.step + 1, params=params, ema=ema, opt_state=opt_state, carry=carry
@@ -137,5 +140,3 @@ def make_update_many(update: Callable) -> Callable[[PyTree, PyTree, PyTree], tup
         return state._replace(carry=()), state.carry, {**metrics, "bad_step": bad_step}
 
     return update_many
-
-

@@ -84,7 +84,8 @@ def trajectory_balance(
 
     def loss(params, carry, keys, batch):
         del batch
-        share = epsilon(carry[0]) if callable(epsilon) else jnp.asarray(epsilon)
+        # A schedule may end a rounding error below 0.
+        share = jnp.maximum(epsilon(carry[0]) if callable(epsilon) else epsilon, 0.0)
         trajectories = forward_rollout(
             keys,
             environment,

@@ -1,0 +1,1 @@
+"""Recipes: published energy-based systems, one in a file."""

@@ -1,0 +1,1 @@
+"""Recipes: published GFlowNet systems, one in a file."""

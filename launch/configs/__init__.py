@@ -1,0 +1,1 @@
+"""Built-in configs, one for each recipe; ``--config=NAME`` finds them from any folder."""

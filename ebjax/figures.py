@@ -106,7 +106,7 @@ def energy_histogram(energies: Mapping[str, np.ndarray], *, num_bins: int = 60) 
     figure = Figure(figsize=(6.4, 3.6), dpi=120)
     axes = figure.subplots()
     pooled = np.concatenate([np.asarray(values) for values in energies.values()])
-    bins = np.linspace(pooled.min(), pooled.max(), num_bins + 1)
+    bins = np.linspace(pooled.min(), pooled.max(), num_bins + 1).tolist()
     for color, (name, values) in zip(COLORS, energies.items(), strict=False):
         label = f"{name} (mean {np.mean(values):.2f})"
         axes.hist(values, bins=bins, density=True, alpha=0.25, color=color)

@@ -160,7 +160,7 @@ def _shard_mapped(step, mesh: Mesh) -> DataParallel:
 def spread(
     fn: Callable[[PyTree, PyTree], PyTree], num_devices: int, *, split_axis_out: int = 0
 ) -> Callable[[PyTree, PyTree], PyTree]:
-    """Runs ``fn(replicated, split) -> split`` on ``num_devices`` local devices, without collectives.
+    """Runs ``fn(replicated, split) -> split`` on several local devices, without collectives.
 
     Args:
       fn: the work of one device. ``split`` has leading axes that ``num_devices`` divides.

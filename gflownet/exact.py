@@ -5,8 +5,8 @@ The probability that a trajectory visits a state is, over its parents,
     P(s') = Σ_{s -> s'} P(s) P_F(s' | s),    P(s0) = 1,
 
 computed level by level (the level of a state is the length of the longest path to it), each level a
-batch of gathers. At terminal states this is the law that the flow draws from. Running the other
-way, F(s) = Σ_{s -> s'} F(s') P_B(s | s') with F(x) = R(x) gives the exact flow for a backward policy.
+batch of gathers. At terminal states this is the law that the flow draws from. The other way round,
+F(s) = Σ_{s -> s'} F(s') P_B(s | s') with F(x) = R(x) gives the exact flow of a backward policy.
 """
 
 from __future__ import annotations
@@ -65,14 +65,9 @@ def enumerate_graph(environment: Environment) -> Graph:
       ValueError: if the environment does not enumerate its states, has a cycle, or has a state
         that cannot be reached from its source.
     """
-    if environment.enumerate is None or environment.state_index is None:
-        raise ValueError(
-            "The environment does not enumerate its states (too many, or it has no enumerate and "
-            "state_index), so its exact law cannot be computed."
-        )
-    states = jax.tree.map(jnp.asarray, environment.enumerate())
+    all_states, state_index = _enumeration(environment)
+    states = jax.tree.map(jnp.asarray, all_states())
     actions = jnp.arange(environment.num_actions)
-    state_index = environment.state_index
 
     @jax.jit
     def tables(states):
@@ -112,6 +107,16 @@ def enumerate_graph(environment: Environment) -> Graph:
         source=int(place[source]),
         terminal=place[np.flatnonzero(~forward.any(axis=1))],
     )
+
+
+def _enumeration(environment: Environment):
+    """The two functions that enumeration needs, or an error that says so."""
+    if environment.enumerate is None or environment.state_index is None:
+        raise ValueError(
+            "The environment does not enumerate its states (too many, or it has no enumerate and "
+            "state_index), so its exact law cannot be computed."
+        )
+    return environment.enumerate, environment.state_index
 
 
 def _levels(parents: np.ndarray, backward_mask: np.ndarray) -> np.ndarray:
@@ -157,10 +162,9 @@ def terminal_distribution(
     Returns:
       [X] probabilities in the order of ``graph.terminal``; they sum to 1.
     """
-    probs = _terminal_distribution(environment, policy, graph.levels, batch_size)(
+    return _terminal_distribution(environment, policy, graph.levels, batch_size)(
         params, graph._replace(levels=())
     )
-    return probs
 
 
 @functools.lru_cache(maxsize=8)
@@ -211,8 +215,9 @@ def target_distribution(
       ``(R(x) / Z [X], log Z)``, summed over ``graph.terminal`` in float64.
     """
     terminal = jax.tree.map(lambda leaf: leaf[graph.terminal], graph.states)
-    log_reward = jax.vmap(environment.log_reward, (None, 0))(reward_params, terminal)
-    log_reward = np.asarray(log_reward, np.float64)
+    log_reward = np.asarray(
+        jax.vmap(environment.log_reward, (None, 0))(reward_params, terminal), np.float64
+    )
     peak = log_reward.max()
     log_z = float(peak + np.log(np.exp(log_reward - peak).sum()))
     return np.exp(log_reward - log_z), log_z
@@ -244,7 +249,7 @@ def exact_flow(
     log_reward = np.asarray(
         jax.vmap(environment.log_reward, (None, 0))(reward_params, graph.states), np.float64
     )
-    is_terminal = ~graph.forward_mask.any(axis=1)
+    is_terminal = np.logical_not(graph.forward_mask.any(axis=1))
     log_flow = np.where(is_terminal, log_reward, -np.inf)
     log_edge = np.full(graph.children.shape, -np.inf)
     starts = np.concatenate([[0], np.cumsum(graph.levels)])
@@ -257,7 +262,8 @@ def exact_flow(
         inner = ~is_terminal[rows]
         log_flow[rows] = np.where(inner, np.logaddexp.reduce(edge, axis=1), log_flow[rows])
     log_pf = np.where(graph.forward_mask, log_edge - log_flow[:, None], 0.0)
-    index = np.asarray(jax.vmap(environment.state_index)(graph.states))
+    _, state_index = _enumeration(environment)
+    index = np.asarray(jax.vmap(state_index)(graph.states))
     tables = {"forward": log_pf, "backward": np.where(graph.backward_mask, log_pb, 0.0)}
     tables["log_flow"] = log_flow
     ordered = {name: np.empty_like(table) for name, table in tables.items()}

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live bar on a terminal, a line a log point elsewhere."""
+"""What a person sees of a run: a live bar on a terminal, a line a log point elsewhere."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 from ebjax.types import Moments, Target
 
@@ -34,7 +35,7 @@ def _distrax():
     return distrax
 
 
-def gaussian(mean: Sequence[float], covariance: Sequence[Sequence[float]]) -> Target:
+def gaussian(mean: npt.ArrayLike, covariance: npt.ArrayLike) -> Target:
     """``E(x) = (x - m)' S^{-1} (x - m) / 2``, with ``log Z = (D log 2π + log det S) / 2``.
 
     Args:
@@ -44,7 +45,8 @@ def gaussian(mean: Sequence[float], covariance: Sequence[Sequence[float]]) -> Ta
     Raises:
       ValueError: if the shapes do not fit or S is not positive definite.
     """
-    mean, covariance = np.asarray(mean, float), np.asarray(covariance, float)
+    mean = np.asarray(mean, float)
+    covariance = np.asarray(covariance, float)
     if mean.ndim != 1 or covariance.shape != (mean.size, mean.size):
         raise ValueError(
             f"mean has shape {mean.shape} and covariance {covariance.shape}; "
@@ -192,7 +194,7 @@ def banana(curvature: float = 0.5, scale: float = 2.0) -> Target:
 
 
 def double_well(tilt: float = 0.5, quadratic: float = 6.0) -> Target:
-    """``E(x, y) = x⁴ - b x² - a x + y²/2`` in 2-D, with ``a`` the tilt and ``b`` the quadratic term.
+    """``E(x, y) = x⁴ - b x² - a x + y²/2`` in 2-D; a is the tilt, b the quadratic term.
 
     ``log Z``, moments and exact samples come from quadrature of the first coordinate on a fine
     grid (the integrand is smooth and dies off like exp(-x⁴), so the error is that of rounding).

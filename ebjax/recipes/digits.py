@@ -123,9 +123,9 @@ def build(config: DigitsConfig) -> Run:
     )
     energies_of = jax.jit(jax.vmap(energy.apply, (None, 0)))
 
-    def run_chains(key, state: TrainState, num_samples: int, **options):
+    def run_chains(key, state: TrainState, num_chains: int, **options):
         noise_key, chain_key = jax.random.split(key)
-        start = jax.vmap(noise)(jax.random.split(noise_key, num_samples))
+        start = jax.vmap(noise)(jax.random.split(noise_key, num_chains))
         draws = sample(chain_key, kernel, energy.apply, state.ema, start, **options)
         return start, draws.positions
 

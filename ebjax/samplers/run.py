@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ebjax.numerics import example_keys
 from ebjax.parallel import spread
 from ebjax.types import EnergyFn, Kernel, Params, Position
 

@@ -58,7 +58,7 @@ class TrainingConfig:
 
     # Settings that a run may change when it goes on: they do not touch what is computed.
     RESUMABLE = frozenset(
-        "num_steps checkpoint_every keep_last keep_best num_devices backend".split()
+        ["num_steps", "checkpoint_every", "keep_last", "keep_best", "num_devices", "backend"]
     )
 
     def __post_init__(self) -> None:

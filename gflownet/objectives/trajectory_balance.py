@@ -11,7 +11,6 @@ Malkin et al., "Trajectory balance: improved credit assignment in GFlowNets", Ne
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import chex
 import jax
@@ -109,7 +108,7 @@ def trajectory_balance(
             trajectories.log_reward,
             trajectories.valid,
         )
-        metrics: dict[str, Any] = {
+        metrics = {
             "log_z": params["log_z"],
             "elbo": params["log_z"] - residual.mean(),
             "log_reward": trajectories.log_reward.mean(),

@@ -1,4 +1,4 @@
-"""A table as a policy: one row of logits a state. The exact solution of small problems fits in it."""
+"""A table as a policy: a row of logits a state. Exact solutions of small problems fit in it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def tabular_policy(num_states: int, num_actions: int) -> Policy:
       num_actions: A.
 
     Returns:
-      A ``Policy`` whose parameters are ``{"forward": [S, A], "backward": [S, A], "log_flow": [S]}``,
-      initially 0.
+      A ``Policy`` whose parameters are ``{"forward": [S, A], "backward": [S, A],
+      "log_flow": [S]}``, initially 0.
     """
 
     def init(key, observation):

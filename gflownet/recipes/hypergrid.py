@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -100,13 +101,13 @@ def build(config: HypergridConfig) -> Run:
     def rate(peak):
         return learning_rate_schedule(peak, decay_steps=config.learning_rate_decay_steps)
 
-    graph = None
+    is_enumerable = environment.enumerate is not None
+    assert environment.log_z is not None
+    exact_log_z = environment.log_z
 
-    def tables() -> exact.Graph | None:
-        nonlocal graph
-        if graph is None and environment.enumerate is not None:
-            graph = exact.enumerate_graph(environment)
-        return graph
+    @functools.cache
+    def tables() -> exact.Graph:
+        return exact.enumerate_graph(environment)
 
     def init(key):
         observation = environment.observe(environment.initial(key))
@@ -134,8 +135,8 @@ def build(config: HypergridConfig) -> Run:
 
     def monitor(key, state: TrainState):
         del key
-        if tables() is None:
-            return {"log_z_error": abs(float(state.ema["log_z"]) - environment.log_z)}
+        if not is_enumerable:
+            return {"log_z_error": abs(float(state.ema["log_z"]) - exact_log_z)}
         learned, target, _ = laws(state)
         return {"total_variation": exact.total_variation(learned, target)}
 
@@ -144,11 +145,11 @@ def build(config: HypergridConfig) -> Run:
         draws = sample(key, state, 2000)
         figures_ = {
             "log_z": log_z,
-            "log_z_exact": environment.log_z,
-            "log_z_error": abs(log_z - environment.log_z),
+            "log_z_exact": exact_log_z,
+            "log_z_error": abs(log_z - exact_log_z),
             "mean_length": float(draws["lengths"].mean()),
         }
-        if tables() is not None:
+        if is_enumerable:
             learned, target, _ = laws(state)
             empirical = _empirical(draws["positions"], config.side)
             perfect = np.random.default_rng(config.seed).multinomial(2000, target / target.sum())
@@ -172,7 +173,7 @@ def build(config: HypergridConfig) -> Run:
         empirical = _empirical(samples["positions"], config.side)
         panels = {f"{len(samples['positions']):,} samples": empirical}
         subtitle = ""
-        if tables() is not None:
+        if is_enumerable:
             learned, target, log_z = laws(state)
             panels = {"target R(x) / Z": target, "learned, exact": learned, **panels}
             subtitle = (
@@ -203,7 +204,7 @@ def build(config: HypergridConfig) -> Run:
         evaluate=evaluate,
         figures=figures,
         monitor=monitor,
-        monitor_name="total_variation" if environment.enumerate is not None else "log_z_error",
+        monitor_name="total_variation" if is_enumerable else "log_z_error",
         progress=("loss", "log_z", "log_reward", "trajectory_length"),
     )
 

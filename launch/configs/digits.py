@@ -1,4 +1,4 @@
-"""Settings of the digits run. ``python -m launch.train --config=digits --help`` explains each one."""
+"""Settings of the digits run; ``launch.train --config=digits --help`` explains each one."""
 
 from launch.runs import default_config
 

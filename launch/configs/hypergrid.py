@@ -1,4 +1,4 @@
-"""Settings of the hypergrid run. ``python -m launch.train --config=hypergrid --help`` explains each one."""
+"""Settings of the hypergrid run; ``launch.train --config=hypergrid --help`` explains each one."""
 
 from launch.runs import default_config
 

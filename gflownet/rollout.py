@@ -24,6 +24,11 @@ from gflownet.types import Environment, Policy, State, Trajectories
 __all__ = ["Scores", "backward_rollout", "forward_rollout", "score"]
 
 
+# Once half of the lanes have nothing left to do, the others go on in a program of half the width.
+MIN_LANES = 4
+MAX_PHASES = 3
+
+
 class Scores(NamedTuple):
     """Log-probabilities of trajectories with gradient to the policy's parameters.
 
@@ -47,10 +52,28 @@ class _Buffers(NamedTuple):
     last: jax.Array
 
 
+class _Lanes(NamedTuple):
+    """Trajectories on their way, one a lane.
+
+    Attributes:
+      trajectory: [B] which trajectory of the batch it is.
+      state: [B, ...].
+      action: [B] the last action.
+      moved: [B] bool, whether there was a last action.
+      goes_on: [B] bool, whether the next evaluation matters.
+    """
+
+    trajectory: jax.Array
+    state: State
+    action: jax.Array
+    moved: jax.Array
+    goes_on: jax.Array
+
+
 def _write(buffers: PyTree, row: PyTree, t: jax.Array) -> PyTree:
     return jax.tree.map(
-        lambda buffer, value: jax.lax.dynamic_update_index_in_dim(
-            buffer, value.astype(buffer.dtype), t, 0
+        lambda buffer, value: jax.lax.dynamic_update_slice(
+            buffer, value.astype(buffer.dtype)[None], (t,) + (0,) * value.ndim
         ),
         buffers,
         row,
@@ -86,40 +109,64 @@ def _roll(keys, environment: Environment, start, transition, *, extra_step: bool
     )
 
     def body(loop):
-        t, states, actions, moved, _, buffers = loop
-        moves, next_states, next_actions, here, last, is_choice = jax.vmap(
+        t, lanes, step_keys, buffers = loop
+        moves, next_states, actions, here, last, is_choice = jax.vmap(
             transition, (0, 0, 0, None)
-        )(step_keys[t], states, actions, t == 0)
+        )(step_keys[t, : len(lanes.moved)], lanes.state, lanes.action, t == 0)
         row = _Buffers(
-            states=states,
-            actions=next_actions,
+            states=lanes.state,
+            actions=actions,
             valid=moves,
-            is_choice=is_choice & (moves | moved),
+            is_choice=is_choice & (moves | lanes.moved),
             here=jnp.where(moves, here, 0.0),
-            last=jnp.where(moved, last, 0.0),
+            last=jnp.where(lanes.moved, last, 0.0),
         )
         states = jax.tree.map(
-            lambda new, old: jnp.where(_expand(moves, new), new, old), next_states, states
+            lambda new, old: jnp.where(_expand(moves, new), new, old), next_states, lanes.state
         )
-        goes_on = moves.any() if extra_step else (moves & _can_move(states)).any()
-        return t + 1, states, next_actions, moves, goes_on, _write(buffers, row, t)
+        goes_on = moves if extra_step else moves & jax.vmap(can_move)(states)
+        lanes = _Lanes(lanes.trajectory, states, actions, moves, goes_on)
+        return t + 1, lanes, step_keys, _write(buffers, row, t)
 
-    def _can_move(states):
-        return jax.vmap(lambda state: environment.forward_mask(state).any())(states)
+    def can_move(state):
+        return environment.forward_mask(state).any()
 
-    _, final, _, _, _, buffers = jax.lax.while_loop(
-        lambda loop: loop[4] & (loop[0] < rows),
-        body,
-        (
-            jnp.zeros((), jnp.int32),
-            start,
-            jnp.zeros(batch_size, jnp.int32),
-            jnp.zeros(batch_size, bool),
-            jnp.ones((), bool),
-            buffers,
-        ),
+    lanes = _Lanes(
+        trajectory=jnp.arange(batch_size),
+        state=start,
+        action=jnp.zeros(batch_size, jnp.int32),
+        moved=jnp.zeros(batch_size, bool),
+        goes_on=jnp.ones(batch_size, bool),
     )
-    return final, buffers
+    t = jnp.zeros((), jnp.int32)
+    sizes = _lane_counts(batch_size)
+    for size, next_size in zip(sizes, [*sizes[1:], 0], strict=True):
+        # The lanes that go on come first; the others wait outside of the loop.
+        order = jnp.argsort(~lanes.goes_on, stable=True)
+        lanes = jax.tree.map(lambda leaf, order=order: leaf[order], lanes)
+        step_keys, buffers = jax.tree.map(
+            lambda leaf, order=order: leaf[:, order], (step_keys, buffers)
+        )
+        working = jax.tree.map(lambda leaf, size=size: leaf[:size], lanes)
+        t, working, step_keys, buffers = jax.lax.while_loop(
+            lambda loop, enough=next_size: (loop[1].goes_on.sum() > enough) & (loop[0] < rows),
+            body,
+            (t, working, step_keys, buffers),
+        )
+        lanes = jax.tree.map(
+            lambda all_, part, size=size: jnp.concatenate([part, all_[size:]]), lanes, working
+        )
+    back = jnp.argsort(lanes.trajectory)
+    final = jax.tree.map(lambda leaf: leaf[back], lanes.state)
+    return final, jax.tree.map(lambda leaf: leaf[:, back], buffers)
+
+
+def _lane_counts(batch_size: int) -> list[int]:
+    """How many trajectories are evaluated together: fewer once most have ended."""
+    sizes = [batch_size]
+    while sizes[-1] >= 2 * MIN_LANES and len(sizes) < MAX_PHASES:
+        sizes.append(sizes[-1] // 2)
+    return sizes
 
 
 def _expand(mask: jax.Array, leaf: jax.Array) -> jax.Array:
@@ -178,8 +225,13 @@ def forward_rollout(
         transition,
         extra_step=environment.stop_action is None,
     )
+    # The loop may end before it would write the last state of the longest trajectories.
+    length, trajectory = buffers.valid.sum(axis=0), jnp.arange(keys.shape[0])
+    states = jax.tree.map(
+        lambda leaf, end: leaf.at[length, trajectory].set(end), buffers.states, final
+    )
     trajectories = Trajectories(
-        states=buffers.states,
+        states=states,
         actions=buffers.actions[:-1],
         valid=buffers.valid[:-1],
         is_choice=buffers.is_choice,

@@ -13,13 +13,15 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
+from absl.flags import FlagValues
+from ml_collections import ConfigDict, config_flags
 
 from launch.runs import UserError, find_recipe
 
-__all__ = ["Command", "builtin_configs", "main"]
+__all__ = ["Command", "builtin_configs", "define_config", "main", "output_file", "seed"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +32,14 @@ class Command:
       name: as in ``python -m NAME``.
       description: what ``--help`` opens with.
       flags: its flags, defined with ``flag_values``.
-      run: what it does once they are parsed.
+      run: what it does once they are parsed; its exit code, 0 for ``None``.
       has_config: whether ``--config`` is among them.
     """
 
     name: str
     description: str
-    flags: flags.FlagValues
-    run: Callable[[flags.FlagValues], None]
+    flags: FlagValues
+    run: Callable[[FlagValues], int | None]
     has_config: bool = False
 
 
@@ -47,7 +49,7 @@ def builtin_configs() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem != "__init__"}
 
 
-def define_config(flag_values: flags.FlagValues) -> None:
+def define_config(flag_values: FlagValues) -> None:
     """Adds ``--config`` and ``--config.field=value``."""
     config_flags.DEFINE_config_file(
         "config",
@@ -58,6 +60,38 @@ def define_config(flag_values: flags.FlagValues) -> None:
     )
 
 
+def seed(flag_values: FlagValues) -> int:
+    """The value of ``--seed``, checked.
+
+    Raises:
+      UserError: if no key holds it.
+    """
+    value: Any = flag_values["seed"].value
+    if not 0 <= value < 2**32:
+        raise UserError(f"seed is {value}; it must be at least 0 and below 2**32.")
+    return value
+
+
+def output_file(flag_values: FlagValues, name: str) -> Path:
+    """The path of a file that a command will write, checked.
+
+    Raises:
+      UserError: if it cannot be written there.
+    """
+    value: Any = flag_values[name].value
+    try:
+        path = Path(value).expanduser().absolute()
+        if path.is_dir():
+            raise UserError(f"{name} is {value!r}; that is a folder, give the name of a file.")
+        if not path.parent.is_dir():
+            raise UserError(f"{name} is {value!r}; its folder does not exist.")
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{name} is {value!r}; it cannot be looked at ({error}).") from None
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{name} is {value!r}; its folder cannot be written.")
+    return path
+
+
 def main(command: Command, argv: list[str] | None = None) -> None:
     """Runs a command and exits."""
     argv = list(sys.argv if argv is None else argv)
@@ -65,14 +99,19 @@ def main(command: Command, argv: list[str] | None = None) -> None:
     try:
         sys.exit(_run(command, argv))
     except UserError as error:
-        print(f"{command.name}: {error}", file=sys.stderr)
+        _complain(command, str(error))
         sys.exit(2)
     except OSError as error:
-        print(f"{command.name}: {error.strerror or error}: {error.filename}", file=sys.stderr)
+        _complain(command, f"{error}.")
         sys.exit(1)
     except KeyboardInterrupt:
-        print(f"{command.name}: interrupted.", file=sys.stderr)
+        _complain(command, "interrupted.")
         sys.exit(130)
+
+
+def _complain(command: Command, text: str) -> None:
+    """One line on stderr."""
+    print(f"{command.name}: {' '.join(text.split())}", file=sys.stderr)
 
 
 def _run(command: Command, argv: list[str]) -> int:
@@ -80,12 +119,11 @@ def _run(command: Command, argv: list[str]) -> int:
     argv = [arg for arg in argv if not re.fullmatch(r"--?(h|help)", arg)]
     if command.has_config:
         argv = _resolve_config(argv)
+        _load_config(argv)
     try:
         rest = _parse(command.flags, argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(_sentence(command, argv, error)) from None
-    except (ImportError, SyntaxError, NameError, OSError) as error:
-        raise UserError(f"--config cannot be loaded: {error}.") from None
     if wants_help:
         print(_help(command))
         return 0
@@ -94,7 +132,7 @@ def _run(command: Command, argv: list[str]) -> int:
     return command.run(command.flags) or 0
 
 
-def _parse(values: flags.FlagValues, argv: list[str]) -> list[str]:
+def _parse(values: FlagValues, argv: list[str]) -> list[str]:
     """Parses flags; config_flags looks for its overrides in ``sys.argv``."""
     given, sys.argv = sys.argv, argv
     try:
@@ -125,26 +163,41 @@ def _resolve_config(argv: list[str]) -> list[str]:
 
 def _sentence(command: Command, argv: list[str], error: Exception) -> str:
     """One sentence for a flag that could not be parsed: what was given, what is accepted."""
-    given = re.compile(r"--?config\.([\w.]+)(?:=(.*))?")
-    overrides = [match.groups() for arg in argv if (match := given.fullmatch(arg))]
-    if command.has_config and overrides:
-        config = _load_config(argv)
-        for name, value in overrides:
-            if config is not None and name not in config:
-                return f"config has no field {name!r}; its fields are {', '.join(config)}."
-            if config is not None and f"config.{name}" in str(error):
-                kind = type(config[name]).__name__
-                return f"config.{name} is {value!r}; it must be of type {kind}."
-    text = " ".join(str(error).strip().strip("'\"").split())
+    config = _load_config(argv) if command.has_config else None
+    for arg, following in zip(argv, [*argv[1:], ""], strict=True):
+        match = re.fullmatch(r"--?config\.([\w.]+)(?:=(.*))?", arg, re.DOTALL)
+        if match is None or config is None:
+            continue
+        name, value = match[1], following if match[2] is None else match[2]
+        if name not in config:
+            return f"config has no field {name!r}; its fields are {', '.join(config)}."
+        if f"config.{name}" in str(error):
+            kind = type(config[name]).__name__
+            return f"config.{name} is {value!r}; it must be of type {kind}."
+    text = str(error).strip().strip("'\"")
     return text if text.endswith((".", "?")) else text + "."
 
 
-def _load_config(argv: list[str]):
-    """The config of a command line without its overrides, ``None`` where there is none."""
-    values = flags.FlagValues()
+def _load_config(argv: list[str]) -> ConfigDict | None:
+    """The config of a command line without its overrides, ``None`` where there is none.
+
+    Raises:
+      UserError: if the file cannot be loaded or does not give a config.
+    """
+    values = FlagValues()
     define_config(values)
-    path = [arg for arg in argv[1:] if re.fullmatch(r"--?config=.*", arg)]
-    _parse(values, [argv[0], *path])
+    given = [arg for arg in argv[1:] if arg.startswith("--config=")]
+    try:
+        _parse(values, [argv[0], *given])
+    except UserError:
+        raise
+    except Exception as error:  # The file is the user's Python.
+        text = f"{type(error).__name__}: {error}"
+        raise UserError(f"{given[-1][2:]} cannot be loaded ({text}).") from None
+    if given and not isinstance(values.config, ConfigDict):
+        raise UserError(
+            f"{given[-1][2:]} gives {values.config!r}; get_config() must return a ConfigDict."
+        )
     return values.config
 
 
@@ -170,7 +223,7 @@ def _help(command: Command) -> str:
     return "\n".join(lines)
 
 
-def _recipe_module(flag_values: flags.FlagValues) -> str | None:
+def _recipe_module(flag_values: FlagValues) -> str | None:
     return flag_values["recipe_module"].value if "recipe_module" in flag_values else None
 
 
@@ -178,6 +231,6 @@ def _quieten() -> None:
     """Warnings of the libraries below are not for the user of a command."""
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    for name in ("absl", "orbax", "jax", "tensorboardX"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("absl", "asyncio", "jax", "orbax", "tensorboardX"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)

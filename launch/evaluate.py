@@ -8,8 +8,6 @@ jensen_shannon to it, and the learned log_z beside log_z_exact.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import jax
 from absl import flags
 from rich.console import Console
@@ -35,17 +33,14 @@ flags.DEFINE_string(
 def _run(flag_values: flags.FlagValues) -> None:
     if flag_values.workdir is None:
         raise UserError("--workdir is missing; give the directory of a run.")
-    if flag_values.seed < 0:
-        raise UserError(f"seed is {flag_values.seed}; it must be at least 0.")
-    json_path = Path(flag_values.json).expanduser() if flag_values.json else None
-    if json_path is not None and not json_path.absolute().parent.is_dir():
-        raise UserError(f"json is {flag_values.json!r}; its folder does not exist.")
+    seed = command.seed(flag_values)
+    json_path = None if flag_values.json is None else command.output_file(flag_values, "json")
     loaded = runs.load_run(
         flag_values.workdir,
         checkpoint=flag_values.checkpoint,
         recipe_module=flag_values.recipe_module,
     )
-    figures = loaded.run.evaluate(jax.random.key(flag_values.seed), loaded.state)
+    figures = loaded.run.evaluate(jax.random.key(seed), loaded.state)
     figures = {"step": int(loaded.state.step), **figures}
     print_figures(Console(), figures)
     if json_path is not None:

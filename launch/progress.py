@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 from rich.tree import Tree
 
 from launch.runs import CONTENTS
@@ -26,6 +27,16 @@ def _number(value: float) -> str:
     return f"{value:.4g}"
 
 
+class _Bar(Progress):
+    """A bar, and below it the metrics, which are too wide to stand beside it."""
+
+    metrics = ""
+
+    def get_renderables(self):
+        yield from super().get_renderables()
+        yield Text(self.metrics, no_wrap=True, overflow="ellipsis")
+
+
 class RunProgress:
     """Shows the metrics of a run, its speed and the time left.
 
@@ -34,7 +45,6 @@ class RunProgress:
       num_steps: the last step.
       first_step: the step that the run starts from.
       names: the metrics to show.
-      quiet: show nothing.
     """
 
     def __init__(
@@ -44,46 +54,43 @@ class RunProgress:
         num_steps: int,
         first_step: int,
         names: Sequence[str],
-        quiet: bool = False,
     ):
-        self._console, self._names, self._quiet = console, names, quiet
+        self._console, self._names = console, names
         self._num_steps, self._step = num_steps, first_step
         self._start: tuple[int, float] | None = None
-        self._progress = None
-        if console.is_terminal and not quiet:
-            self._progress = Progress(
+        self._bar: _Bar | None = None
+        if console.is_terminal and not console.quiet:
+            self._bar = _Bar(
                 TextColumn("[bold]{task.completed}[/bold]/{task.total} steps"),
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=40),
                 TextColumn("{task.fields[speed]}"),
-                TextColumn("{task.fields[metrics]}"),
                 console=console,
-                expand=False,
             )
-            self._task = self._progress.add_task(
-                "", total=num_steps, completed=first_step, metrics="", speed="compiling"
+            self._task = self._bar.add_task(
+                "", total=num_steps, completed=first_step, speed="compiling"
             )
-            self._progress.start()
+            self._bar.start()
 
     def on_call(self, step: int, metrics: Mapping[str, float]) -> None:
         """Moves the bar."""
         self._step = step
         if self._start is None:  # the first call holds the compilation
             self._start = (step, time.perf_counter())
-        if self._progress is not None:
-            self._progress.update(
-                self._task, completed=step, speed=self._speed(), metrics=self._metrics(metrics)
-            )
+        if self._bar is not None:
+            self._bar.metrics = self._metrics(metrics)
+            self._bar.update(self._task, completed=step, speed=self._speed())
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Prints a line where there is no terminal."""
-        if self._progress is None and not self._quiet:
-            line = f"step {step}/{self._num_steps}  {self._metrics(metrics)}  {self._speed()}"
+        if self._bar is None:
+            shown = (f"step {step}/{self._num_steps}", self._metrics(metrics), self._speed())
+            line = "  ".join(part for part in shown if part)
             self._console.print(line, soft_wrap=True, highlight=False)
 
     def close(self) -> None:
         """Leaves the terminal as it was."""
-        if self._progress is not None:
-            self._progress.stop()
+        if self._bar is not None:
+            self._bar.stop()
 
     def _metrics(self, metrics: Mapping[str, float]) -> str:
         shown = [f"{name} {_number(metrics[name])}" for name in self._names if name in metrics]

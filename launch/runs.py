@@ -19,10 +19,13 @@ from ebjax.types import Recipe, Run, TrainState
 __all__ = [
     "LoadedRun",
     "UserError",
+    "WorkdirPlan",
     "default_config",
     "find_recipe",
     "load_run",
     "open_workdir",
+    "prepare_workdir",
+    "restore",
     "write_json",
 ]
 
@@ -44,6 +47,10 @@ CONTENTS = {
 }
 
 
+# What config.json holds beside the fields of the config.
+_NAMES_OF_RECIPE = ("recipe", "recipe_module")
+
+
 class UserError(Exception):
     """Something that the user can mend; its text is one sentence for them."""
 
@@ -59,14 +66,16 @@ def find_recipe(name: str, module: str | None = None) -> Recipe:
             f"recipe is {name!r}; it must be one of {', '.join(RECIPES)}, or --recipe_module must "
             "name the Python module that defines it."
         )
-    module = module or RECIPES[name]
+    module = RECIPES[name] if module is None else module
     try:
         recipe = importlib.import_module(module).recipe
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(
             f"recipe_module is {module!r}; it must be an importable module that defines 'recipe' "
             f"({error})."
         ) from None
+    if not isinstance(recipe, Recipe):
+        raise UserError(f"recipe_module is {module!r}; its 'recipe' must be an ebjax.types.Recipe.")
     return recipe
 
 
@@ -80,22 +89,32 @@ def default_config(name: str, module: str | None = None) -> ml_collections.Confi
     return ml_collections.ConfigDict({"recipe": name, **dataclasses.asdict(recipe.config())})
 
 
-def make_config(recipe: Recipe, settings: Mapping[str, Any]) -> TrainingConfig:
+def make_config(recipe: Recipe, settings: Mapping[str, Any], *, origin: str = "") -> TrainingConfig:
     """Checks settings and makes them the recipe's config.
+
+    Args:
+      recipe: whose config.
+      settings: its fields by name; those that are left out take their defaults.
+      origin: where the settings stand, to open the sentence of an error with.
 
     Raises:
       UserError: naming the field, its value and what is accepted.
     """
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-    settings.pop("recipe", None)
+    settings = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in settings.items()
+        if name not in _NAMES_OF_RECIPE
+    }
     known = [field.name for field in dataclasses.fields(recipe.config)]
     unknown = [name for name in settings if name not in known]
     if unknown:
-        raise UserError(f"config has no field {unknown[0]!r}; its fields are {', '.join(known)}.")
+        raise UserError(
+            f"{origin}config has no field {unknown[0]!r}; its fields are {', '.join(known)}."
+        )
     try:
         return recipe.config(**settings)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{origin}{error}") from None
 
 
 class WorkdirPlan(NamedTuple):
@@ -123,21 +142,23 @@ def open_workdir(
       UserError: if it is not a directory, cannot be written, holds other things than a run, or
         holds a run with other settings (other than those that may change when a run goes on).
     """
-    path = Path(workdir).expanduser().absolute()
+    path = find_workdir(workdir)
     parent = next(p for p in (path, *path.parents) if p.exists())
     if not parent.is_dir():
         raise UserError(f"workdir is {workdir}; {parent} is a file, and a run needs a folder.")
     if not os.access(parent, os.W_OK | os.X_OK | os.R_OK):
         raise UserError(f"workdir is {workdir}; {parent} cannot be written, choose another folder.")
     config = make_config(recipe, settings)
-    if not path.exists() or not any(path.iterdir()):
+    names = sorted(p.name for p in path.iterdir()) if path.exists() else []
+    if "config.json" not in names:
+        # A run that was killed while it wrote its first file left only this one.
+        foreign = [name for name in names if name != "config.json.tmp"]
+        if foreign:
+            raise UserError(
+                f"workdir is {workdir}, which holds no run (no config.json) but other files such "
+                f"as {foreign[0]!r}; choose an empty or a new folder."
+            )
         return WorkdirPlan(path, config, must_clear=False, is_resumed=False)
-    if not (path / "config.json").exists():
-        foreign = sorted(p.name for p in path.iterdir())
-        raise UserError(
-            f"workdir is {workdir}, which holds no run (no config.json) but other files such as "
-            f"{foreign[0]!r}; choose an empty or a new folder."
-        )
     if overwrite:
         return WorkdirPlan(path, config, must_clear=True, is_resumed=False)
     saved = read_config(path)
@@ -146,13 +167,13 @@ def open_workdir(
             f"config.recipe is {settings['recipe']!r}, but the run in {workdir} was made with "
             f"{saved['recipe']!r}; give another --workdir, or --overwrite to start again."
         )
-    follows = {
-        field.name
+    old = make_config(recipe, saved, origin=f"{path / 'config.json'}: ")
+    followed = {
+        field.name: getattr(old, field.name)
         for field in dataclasses.fields(recipe.config)
-        if field.metadata.get("follows") and settings[field.name] == -1
+        if field.metadata.get("follows") and settings.get(field.name) == -1
     }
-    config = make_config(recipe, {**settings, **{name: saved[name] for name in follows}})
-    old = make_config(recipe, saved)
+    config = make_config(recipe, {**settings, **followed})
     for field in dataclasses.fields(config):
         name = field.name
         if name not in TrainingConfig.RESUMABLE and getattr(config, name) != getattr(old, name):
@@ -164,18 +185,37 @@ def open_workdir(
     return WorkdirPlan(path, config, must_clear=False, is_resumed=True)
 
 
-def prepare_workdir(plan: WorkdirPlan, recipe_name: str) -> None:
+def prepare_workdir(plan: WorkdirPlan, recipe_name: str, recipe_module: str | None = None) -> None:
     """Carries out a plan: clears an old run if asked, and writes ``config.json``."""
     if plan.must_clear:
-        for name in CONTENTS:
+        # config.json last: what is left by a kill in the middle is still known for a run.
+        for name in reversed(CONTENTS):
             target = plan.path / name
             if target.is_dir():
                 shutil.rmtree(target)
             elif target.exists():
                 target.unlink()
     plan.path.mkdir(parents=True, exist_ok=True)
-    settings = {"recipe": recipe_name, **dataclasses.asdict(plan.config)}
-    write_json(plan.path / "config.json", settings)
+    names = {"recipe": recipe_name}
+    if recipe_module is not None:
+        names["recipe_module"] = recipe_module
+    write_json(plan.path / "config.json", {**names, **dataclasses.asdict(plan.config)})
+
+
+def find_workdir(workdir: str) -> Path:
+    """The path of a run directory, which need not exist.
+
+    Raises:
+      UserError: if it is no path.
+    """
+    if not workdir:
+        raise UserError("workdir is ''; give the directory of the run.")
+    try:
+        path = Path(workdir).expanduser().absolute()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"workdir is {workdir}; it cannot be looked at ({error}).") from None
+    return path
 
 
 def read_config(workdir: Path) -> dict[str, Any]:
@@ -195,7 +235,7 @@ def read_config(workdir: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}).") from None
     if not isinstance(settings, dict) or not isinstance(settings.get("recipe"), str):
-        raise UserError(f"{path} is not the config of a run: it names no recipe.")
+        raise UserError(f"{path} is not the config of a run: it is no object with a 'recipe'.")
     return settings
 
 
@@ -228,37 +268,56 @@ def load_run(
     Raises:
       UserError: if the directory, its config or the checkpoint cannot be read.
     """
-    path = Path(workdir).expanduser().absolute()
+    path = find_workdir(workdir)
     settings = read_config(path)
-    recipe = find_recipe(settings["recipe"], recipe_module)
-    config = make_config(recipe, settings)
-    run = recipe.build(config)
-    if not (path / "checkpoints").is_dir():
-        raise UserError(f"The run in {workdir} has no checkpoint yet; train it first.")
-    checkpointer = Checkpointer(path / "checkpoints", read_only=True)
-    steps = checkpointer.steps()
-    if not steps:
-        raise UserError(f"The run in {workdir} has no checkpoint yet; train it first.")
-    step: int | None = None
-    if checkpoint == "best":
-        step = checkpointer.best_step(run.monitor_name)
-        if step is None:
-            raise UserError(f"checkpoint is 'best', but no checkpoint in {workdir} was judged.")
-    elif checkpoint != "newest":
-        if not checkpoint.isdigit() or int(checkpoint) not in steps:
-            raise UserError(
-                f"checkpoint is {checkpoint!r}; it must be newest, best or one of "
-                f"{', '.join(map(str, steps))}."
-            )
-        step = int(checkpoint)
+    recipe = find_recipe(settings["recipe"], recipe_module or settings.get("recipe_module"))
+    config = make_config(recipe, settings, origin=f"{path / 'config.json'}: ")
     try:
+        run = recipe.build(config)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    restored = restore(path, run, config, checkpoint)
+    if restored is None:
+        raise UserError(f"The run in {workdir} has no checkpoint yet; train it first.")
+    return LoadedRun(run, config, restored, settings["recipe"])
+
+
+def restore(
+    workdir: Path, run: Run, config: TrainingConfig, checkpoint: str = "newest"
+) -> TrainState | None:
+    """The state of one of a run's checkpoints, ``None`` where there is none; writes nothing.
+
+    Raises:
+      UserError: if there is no such checkpoint, or it cannot be read.
+    """
+    if not (workdir / "checkpoints").is_dir():
+        return None
+    checkpointer = Checkpointer(workdir / "checkpoints", read_only=True)
+    try:
+        steps = checkpointer.steps()
+        if not steps:
+            return None
+        step: int | None = None
+        if checkpoint == "best":
+            step = checkpointer.best_step(run.monitor_name)
+            if step is None:
+                raise UserError(
+                    f"checkpoint is 'best', but no checkpoint in {workdir} was judged; give "
+                    f"newest or one of {', '.join(map(str, steps))}."
+                )
+        elif checkpoint != "newest":
+            if not checkpoint.isdecimal() or int(checkpoint) not in steps:
+                raise UserError(
+                    f"checkpoint is {checkpoint!r}; it must be newest, best or one of "
+                    f"{', '.join(map(str, steps))}."
+                )
+            step = int(checkpoint)
         restored = checkpointer.restore(init_state(run, config), step)
     except ValueError as error:
         raise UserError(str(error)) from None
     finally:
         checkpointer.close()
-    assert restored is not None
-    return LoadedRun(run, config, restored[1], settings["recipe"])
+    return None if restored is None else restored[1]
 
 
 def write_json(path: Path, value: Any) -> None:

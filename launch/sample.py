@@ -8,8 +8,6 @@ log rewards, ...), each with the samples along its first axis. numpy.load reads 
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import jax
 import numpy as np
 from absl import flags
@@ -35,23 +33,20 @@ flags.DEFINE_string(
 def _run(flag_values: flags.FlagValues) -> None:
     if flag_values.workdir is None:
         raise UserError("--workdir is missing; give the directory of a run.")
-    if flag_values.num_samples < 1:
-        raise UserError(f"num_samples is {flag_values.num_samples}; it must be at least 1.")
-    if flag_values.seed < 0:
-        raise UserError(f"seed is {flag_values.seed}; it must be at least 0.")
-    output = Path(flag_values.output).expanduser()
+    if not 1 <= flag_values.num_samples < 2**31:
+        raise UserError(
+            f"num_samples is {flag_values.num_samples}; it must be at least 1 and below 2**31."
+        )
+    seed = command.seed(flag_values)
+    output = command.output_file(flag_values, "output")
     if output.suffix != ".npz":
         raise UserError(f"output is {flag_values.output!r}; it must end in .npz.")
-    if not output.absolute().parent.is_dir():
-        raise UserError(f"output is {flag_values.output!r}; its folder does not exist.")
     loaded = runs.load_run(
         flag_values.workdir,
         checkpoint=flag_values.checkpoint,
         recipe_module=flag_values.recipe_module,
     )
-    samples = loaded.run.sample(
-        jax.random.key(flag_values.seed), loaded.state, flag_values.num_samples
-    )
+    samples = loaded.run.sample(jax.random.key(seed), loaded.state, flag_values.num_samples)
     temporary = output.with_name(output.name + ".tmp")
     with temporary.open("wb") as file:
         np.savez(file, **samples)

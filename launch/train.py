@@ -13,11 +13,17 @@ Several processes (hosts) run the same command with --coordinator_address, --num
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import re
 import signal
+import sys
 import threading
+import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -43,6 +49,8 @@ from launch.runs import UserError
 
 __all__ = ["main"]
 
+T = TypeVar("T")
+
 FLAGS = flags.FlagValues()
 command.define_config(FLAGS)
 flags.DEFINE_string("workdir", None, "Run directory, made if missing.", flag_values=FLAGS)
@@ -61,18 +69,30 @@ flags.DEFINE_integer("process_id", 0, "Which of them this one is.", flag_values=
 
 
 def _use_devices(flag_values: flags.FlagValues) -> None:
-    """One CPU device a core (other platforms ignore it), and several processes if asked."""
-    if flag_values.num_processes > 1:
-        if flag_values.coordinator_address is None:
+    """One CPU device a core (other platforms ignore it), or several processes if asked."""
+    count, index = flag_values.num_processes, flag_values.process_id
+    address = flag_values.coordinator_address
+    if count < 1:
+        raise UserError(f"num_processes is {count}; it must be at least 1.")
+    if not 0 <= index < count:
+        raise UserError(f"process_id is {index}; it must be from 0 to num_processes - 1.")
+    if count > 1:
+        if address is None:
+            raise UserError(f"num_processes is {count}, which needs --coordinator_address.")
+        if not re.fullmatch(r".+:\d+", address):
+            raise UserError(f"coordinator_address is {address!r}; it must be host:port.")
+        try:
+            jax.distributed.initialize(address, count, index)
+        except RuntimeError as error:
             raise UserError(
-                f"num_processes is {flag_values.num_processes}, which needs --coordinator_address."
-            )
-        jax.distributed.initialize(
-            flag_values.coordinator_address, flag_values.num_processes, flag_values.process_id
-        )
+                f"coordinator_address is {address!r}; the {count} processes do not find each other "
+                f"there ({error})."
+            ) from None
     elif "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        jax.config.update("jax_num_cpu_devices", cores or 1)
+        # Too late where JAX has started already (in a notebook); it then keeps its devices.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", cores or 1)
 
 
 def _barrier(name: str) -> None:
@@ -80,24 +100,74 @@ def _barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def _agreed(check: Callable[[], T], fingerprint: Callable[[T], str] = lambda result: "") -> T:
+    """The result of ``check``, where it raises no ``UserError`` in any process.
+
+    A process that stopped alone would leave the others waiting for it.
+
+    Args:
+      check: looks at something, without collectives.
+      fingerprint: what must be equal in all processes.
+    """
+    error, result, code = None, None, 0
+    try:
+        result = check()
+        code = zlib.crc32(fingerprint(result).encode())
+    except UserError as raised:
+        error = raised
+    if jax.process_count() > 1:
+        mine = np.array([error is not None, code], np.uint32)
+        failed, codes = np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, 2).T
+        if error is None and failed.any():
+            error = UserError(f"process_id {failed.argmax()} cannot go on; it says why.")
+        elif error is None and (codes != codes[0]).any():
+            other = (codes != codes[0]).argmax()
+            error = UserError(f"config is not the same in process_id 0 and {other}.")
+    if error is not None:
+        raise error from None
+    assert result is not None
+    return result
+
+
 class _StopSignal:
-    """Turns SIGTERM and Ctrl-C into a question that the loop asks between calls."""
+    """Turns SIGTERM and Ctrl-C into a question that the loop asks between calls.
+
+    A second Ctrl-C interrupts at once. Several processes stop by JAX's own preemption service.
+    """
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> _StopSignal:
         if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
             for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self._receive)
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _receive(self, number, frame) -> None:
         del frame
         self.name = signal.Signals(number).name
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __call__(self) -> bool:
         return self.name is not None
 
 
-def _run(flag_values: flags.FlagValues) -> int:
+class _Start(NamedTuple):
+    """A checked call: what is trained and from where, with nothing written yet."""
+
+    plan: runs.WorkdirPlan
+    recipe_name: str
+    run: Run
+    num_devices: int
+
+
+def _checked_call(flag_values: flags.FlagValues) -> _Start:
     if flag_values.config is None:
         raise UserError(
             f"--config is missing; give one of {', '.join(command.builtin_configs())} or a path."
@@ -105,32 +175,66 @@ def _run(flag_values: flags.FlagValues) -> int:
     if flag_values.workdir is None:
         raise UserError("--workdir is missing; give the directory of the run.")
     settings = flag_values.config.to_dict()
-    recipe = runs.find_recipe(settings.get("recipe", ""), flag_values.recipe_module)
+    if not isinstance(settings.get("recipe"), str):
+        raise UserError(f"config.recipe is {settings.get('recipe')!r}; it must name a recipe.")
+    recipe = runs.find_recipe(settings["recipe"], flag_values.recipe_module)
     plan = runs.open_workdir(flag_values.workdir, recipe, settings, overwrite=flag_values.overwrite)
-    config = plan.config
-    _use_devices(flag_values)
     try:
-        devices = choose_devices(config.batch_size, config.num_devices)
-        run = recipe.build(config)
+        devices = choose_devices(plan.config.batch_size, plan.config.num_devices)
+        run = recipe.build(plan.config)
     except ValueError as error:
         raise UserError(str(error)) from None
-    is_first = jax.process_index() == 0
-    _barrier("checked")
-    if is_first:
-        runs.prepare_workdir(plan, settings["recipe"])
-    _barrier("prepared")
-    console = Console(quiet=flag_values.quiet or not is_first)
-    plural = "device" if len(devices) == 1 else "devices"
-    console.print(
-        f"[bold]{settings['recipe']}[/bold] on {len(devices)} "
-        f"{devices[0].platform.upper()} {plural}"
-    )
-    return _train(run, config, plan.path, console, quiet=flag_values.quiet or not is_first)
+    return _Start(plan, settings["recipe"], run, len(devices))
+
+
+def _checked_state(start: _Start) -> TrainState:
+    """The state that training goes on from, which may be its first."""
+    plan, config = start.plan, start.plan.config
+    state = runs.restore(plan.path, start.run, config) if plan.is_resumed else None
+    if state is None:
+        return init_state(start.run, config)
+    if state.step > config.num_steps:
+        raise UserError(
+            f"config.num_steps is {config.num_steps}, but the run in {plan.path} is at step "
+            f"{state.step}; give at least that, or --overwrite to start again."
+        )
+    metrics = plan.path / "metrics.jsonl"
+    try:
+        if metrics.exists():
+            read_metrics(metrics)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return state
+
+
+def _run(flag_values: flags.FlagValues) -> int:
+    _use_devices(flag_values)
+    with _StopSignal() as stop_signal:
+        start = _agreed(
+            lambda: _checked_call(flag_values), lambda start: repr((start.plan, start.num_devices))
+        )
+        state = _agreed(lambda: _checked_state(start), lambda state: str(state.step))
+        is_first = jax.process_index() == 0
+        if is_first:
+            runs.prepare_workdir(start.plan, start.recipe_name, flag_values.recipe_module)
+        _barrier("prepared")
+        console = Console(quiet=flag_values.quiet or not is_first)
+        plural = "device" if start.num_devices == 1 else "devices"
+        console.print(
+            f"[bold]{start.recipe_name}[/bold] on {start.num_devices} "
+            f"{jax.devices()[0].platform.upper()} {plural}"
+        )
+        return _train(start.run, start.plan, state, console, stop_signal)
 
 
 def _train(
-    run: Run, config: TrainingConfig, workdir: Path, console: Console, *, quiet: bool
+    run: Run,
+    plan: runs.WorkdirPlan,
+    state: TrainState,
+    console: Console,
+    stop_signal: _StopSignal,
 ) -> int:
+    config, workdir, step = plan.config, plan.path, int(state.step)
     is_first = jax.process_index() == 0
     checkpointer = Checkpointer(
         workdir / "checkpoints",
@@ -139,33 +243,18 @@ def _train(
         keep_best=config.keep_best,
         best_name=run.monitor_name,
     )
-    state = init_state(run, config)
-    try:
-        restored = checkpointer.restore(state)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    step = 0
-    if restored is not None:
-        step, state = restored
+    if step:
         checkpointer.set_aside(step)
-        is_done = step >= config.num_steps
+        is_done = step == config.num_steps
         console.print(f"{'finished at' if is_done else 'going on from'} step {step}")
-    if step > config.num_steps:
-        raise UserError(
-            f"config.num_steps is {config.num_steps}, but the run in {workdir} is at step {step}; "
-            "give at least that, or --overwrite to start again."
-        )
     writer = MetricsWriter(workdir, resume_step=step) if is_first else None
-    progress = RunProgress(
-        console, num_steps=config.num_steps, first_step=step, names=run.progress, quiet=quiet
-    )
+    progress = RunProgress(console, num_steps=config.num_steps, first_step=step, names=run.progress)
 
     def on_log(step: int, metrics: dict[str, float], steps_per_second: float) -> None:
         if writer is not None:
             writer.write(step, metrics, steps_per_second=steps_per_second)
         progress.on_log(step, metrics)
 
-    stop_signal = _StopSignal()
     try:
         result = train(
             run,
@@ -181,9 +270,8 @@ def _train(
         checkpointer.wait()
         saved = checkpointer.steps()
         kept = f"The last good checkpoint is step {saved[-1]}." if saved else "Nothing was saved."
-        Console(stderr=True).print(
-            f"{error} {kept} A smaller config.learning_rate often helps.", soft_wrap=True
-        )
+        text = f"{COMMAND.name}: {error} {kept} A smaller learning rate often helps."
+        print(text, file=sys.stderr)
         return 1
     finally:
         progress.close()

@@ -121,7 +121,7 @@ def _step(
     position = jax.tree.map(move, state.position, drift, noise)
     info = LangevinInfo(
         energy=energy,
-        gradient_norm=optax.global_norm(gradient),
+        gradient_norm=optax.tree.norm(gradient),
         is_finite=all_finite((energy, position)),
     )
     return LangevinState(position), info

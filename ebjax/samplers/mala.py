@@ -46,8 +46,8 @@ class MALAInfo(NamedTuple):
       gradient_norm: [] norm of the energy's gradient after the step.
       acceptance_rate: [] min(1, a), the probability with which the proposal was accepted.
       is_accepted: [] bool.
-      is_finite: [] bool, whether the proposal's energy and gradient were finite. A proposal that
-        is not finite is rejected.
+      is_finite: [] bool, whether the proposal's energy and gradient were finite and its acceptance
+        could be computed (it cannot where the chain starts at NaN). If not, it is rejected.
     """
 
     energy: jax.Array
@@ -122,14 +122,14 @@ def _step(
         + log_proposal(proposal, state.position, **options)
         - log_proposal(state, proposal.position, **options)
     )
-    is_finite = all_finite((proposal.energy, proposal.gradient))
+    is_finite = all_finite((proposal.energy, proposal.gradient)) & ~jnp.isnan(log_acceptance)
     log_acceptance = jnp.where(is_finite, jnp.minimum(log_acceptance, 0.0), -jnp.inf)
     uniform = jax.random.uniform(accept_key, dtype=log_acceptance.dtype)
     is_accepted = jnp.log(uniform) < log_acceptance
     new = jax.tree.map(lambda a, b: jnp.where(is_accepted, a, b), proposal, state)
     info = MALAInfo(
         energy=new.energy,
-        gradient_norm=optax.global_norm(new.gradient),
+        gradient_norm=optax.tree.norm(new.gradient),
         acceptance_rate=jnp.exp(log_acceptance),
         is_accepted=is_accepted,
         is_finite=is_finite,

@@ -102,7 +102,7 @@ def sample(
       thinning: steps between kept positions.
       num_burn_in: steps before the first interval; nothing of them is kept.
       num_devices: local devices to spread the chains over; must divide C. The draws are the same
-        on any number.
+        on any number, up to the last bit, which XLA rounds as it fuses.
 
     Returns:
       ``Samples``. Memory grows with N and C, not with ``thinning`` or ``num_burn_in``.
@@ -191,27 +191,24 @@ def _sample(
             keys = jax.vmap(jax.random.fold_in, (0, None))(chain_keys, t)
             return step(keys, params, state)
 
-        def keep(carry, first):
-            state, total = carry
-            zeros = jax.tree.map(jnp.zeros_like, total)
+        def keep(state, first):
+            # The sum starts from the first step and not from zeros, which would not be typed as
+            # varying over devices inside a caller's `shard_map`.
+            state, info = advance(state, first)
+            total = jax.tree.map(_as_float, info)
 
             def body(offset, loop):
                 state, total = loop
                 state, info = advance(state, first + offset)
                 return state, jax.tree.map(lambda s, i: s + i, total, info)
 
-            state, total = jax.lax.fori_loop(0, thinning, body, (state, zeros))
-            mean = jax.tree.map(lambda leaf: leaf / thinning, total)
-            return (state, zeros), (state.position, mean)
+            if thinning > 1:
+                state, total = jax.lax.fori_loop(1, thinning, body, (state, total))
+            return state, (state.position, jax.tree.map(lambda leaf: leaf / thinning, total))
 
         state = jax.lax.fori_loop(0, num_burn_in, lambda t, s: advance(s, t)[0], state)
-        info_shape = jax.eval_shape(lambda s: advance(s, 0)[1], state)
-        zeros = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)),
-            info_shape,
-        )
         starts = num_burn_in + thinning * jnp.arange(num_samples)
-        (state, _), (positions, info) = jax.lax.scan(keep, (state, zeros), starts)
+        state, (positions, info) = jax.lax.scan(keep, state, starts)
         return positions, info, jax.tree.map(lambda leaf: leaf[None], state)
 
     index = jnp.arange(len(jax.tree.leaves(initial_positions)[0]))

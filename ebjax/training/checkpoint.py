@@ -7,17 +7,21 @@ This is the only module that knows Orbax.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import logging
+import math
 import shutil
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from ebjax.types import PyTree
 
@@ -63,49 +67,75 @@ class Checkpointer:
     ):
         self._directory = Path(directory).absolute()
         self._config = dict(config or {})
-        policies: list[Any] = [LatestN(keep_last)]
-        if best_name is not None and keep_best:
-            # Orbax keeps the largest; a checkpoint without the metric is never among the best.
-            policies.append(
-                BestN(
-                    get_metric_fn=lambda metrics: -metrics[best_name],
-                    n=keep_best,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
+        self._keep_last, self._keep_best, self._best_name = keep_last, keep_best, best_name
+        self._metrics: dict[int, dict[str, float]] = {}
         self._manager = ocp.CheckpointManager(
             self._directory,
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "about": ocp.JsonCheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=AnyPreservationPolicy(policies),
-                best_fn=_any_metric,  # without it Orbax does not write metrics
+                preservation_policy=_Keep(self._kept_steps),
                 cleanup_tmp_directories=not read_only,
                 create=not read_only,
                 read_only=read_only,
             ),
         )
+        for step in self.steps():
+            self._metrics[step] = (self.about(step) or {}).get("metrics", {})
 
     def steps(self) -> list[int]:
         """Steps that were saved, oldest first."""
         return sorted(self._manager.all_steps())
 
+    def about(self, step: int) -> dict[str, Any] | None:
+        """What stands beside the arrays: ``config``, ``versions``, ``metrics``.
+
+        ``None`` where it cannot be read.
+        """
+        try:
+            about = self._manager.restore(
+                step, args=ocp.args.Composite(about=ocp.args.JsonRestore())
+            )["about"]
+        except Exception:  # Orbax and its storage raise many types.
+            return None
+        return about if isinstance(about, dict) else None
+
     def best_step(self, name: str | None) -> int | None:
         """The step whose metric ``name`` was lowest, ``None`` where none was judged."""
-        judged = {step: (self._manager.metrics(step) or {}).get(name) for step in self.steps()}
-        known = {step: value for step, value in judged.items() if value is not None}
-        return min(known, key=known.__getitem__) if known else None
+        ranked = self._ranked(self.steps(), name)
+        return ranked[0] if ranked else None
+
+    def _ranked(self, steps: Sequence[int], name: str | None) -> list[int]:
+        """The steps that ``name`` judges, best first; of equals the later one is better."""
+        values = {step: self._metrics.get(step, {}).get(name or "", math.nan) for step in steps}
+        judged = [step for step in steps if not math.isnan(values[step])]
+        return sorted(judged, key=lambda step: (values[step], -step))
+
+    def _kept_steps(self, steps: Sequence[int]) -> set[int]:
+        latest = sorted(steps)[-self._keep_last :]
+        return {*latest, *self._ranked(steps, self._best_name)[: self._keep_best]}
 
     def save(self, step: int, state: PyTree, metrics: Mapping[str, float] | None = None) -> None:
         """Saves a state given as host arrays, the same in all processes.
 
         Returns when the arrays are safe to change; writing goes on in the background.
         """
-        about = {"schema": _SCHEMA, "config": self._config, "versions": library_versions()}
+        self._metrics[step] = {name: float(value) for name, value in (metrics or {}).items()}
+        arrays = _without_keys(state)
+        about = {
+            "schema": _SCHEMA,
+            "config": self._config,
+            "versions": library_versions(),
+            "metrics": self._metrics[step],
+            "checksums": _checksums(arrays),
+        }
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_without_keys(state)), about=ocp.args.JsonSave(about)
+                state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)
             ),
-            metrics=dict(metrics) if metrics else None,
             force=True,
         )
 
@@ -124,15 +154,25 @@ class Checkpointer:
 
         Raises:
           ValueError: if there are checkpoints and none of them can be read, or if one holds a
-            state of other shapes.
+            state of other structure, shapes or dtypes.
         """
         steps = self.steps() if step is None else [step]
         template = jax.tree.map(_host_template, _without_keys(like))
         for candidate in reversed(steps):
+            difference = None
             try:
-                restored = self._manager.restore(
-                    candidate, args=ocp.args.Composite(state=ocp.args.StandardRestore(template))
-                )
+                # Orbax would cast, and tell a wrong structure by the error that damage gives.
+                saved = self._manager.item_metadata(candidate)["state"]
+                if saved is None:
+                    raise FileNotFoundError("its arrays are missing")
+                difference = _difference(template, saved)
+                if difference is None:
+                    args = ocp.args.Composite(state=ocp.args.StandardRestore(template))
+                    state = self._manager.restore(candidate, args=args)["state"]
+                    # Not all that Orbax stores has a checksum of its own.
+                    if _checksums(state) != (self.about(candidate) or {}).get("checksums"):
+                        raise ValueError("its arrays are not those that were saved")
+                    return candidate, _with_keys(state, like)
             except Exception as error:  # Orbax and its storage raise many types.
                 _log.warning(
                     "Checkpoint %d in %s cannot be read and is skipped: %s",
@@ -140,27 +180,32 @@ class Checkpointer:
                     self._directory,
                     _first_line(error),
                 )
-                continue
-            state = restored["state"]
-            _check_shapes(template, state, candidate)
-            return candidate, _with_keys(state, like)
+            if difference is not None:
+                raise ValueError(f"Checkpoint {candidate} in {self._directory} {difference}")
         if steps:
+            plural = "checkpoints" if len(steps) > 1 else "checkpoint"
             raise ValueError(
-                f"None of the checkpoints {', '.join(map(str, steps))} in {self._directory} can be "
-                "read; remove the folder to start again, or restore it from a copy."
+                f"The {plural} {', '.join(map(str, steps))} in {self._directory} cannot be read; "
+                "restore the folder from a copy, or start again."
             )
         return None
 
     def set_aside(self, step: int) -> None:
-        """Moves checkpoints newer than ``step`` (damaged ones) out of the way, keeping them."""
+        """Moves checkpoints newer than ``step`` (damaged ones) out of the way, keeping them.
+
+        All processes call it; the first one moves.
+        """
         for newer in [s for s in self.steps() if s > step]:
-            self._manager.wait_until_finished()
             target = self._directory.parent / "damaged_checkpoints" / str(newer)
-            if target.exists():
-                shutil.rmtree(target)
-            target.parent.mkdir(exist_ok=True)
-            shutil.move(self._directory / str(newer), target)
-            _log.warning("The damaged checkpoint %d is now %s.", newer, target)
+            if jax.process_index() == 0:
+                if target.exists():
+                    shutil.rmtree(target)
+                target.parent.mkdir(exist_ok=True)
+                shutil.move(self._directory / str(newer), target)
+                _log.warning("The damaged checkpoint %d is now %s.", newer, target)
+            self._metrics.pop(newer, None)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("set_aside")
         self._manager.reload()
 
     def wait(self) -> None:
@@ -172,8 +217,16 @@ class Checkpointer:
         self._manager.close()
 
 
-def _any_metric(metrics: Mapping[str, float]) -> float:
-    return next(iter(metrics.values()), 0.0)
+@dataclasses.dataclass
+class _Keep(PreservationPolicy):
+    """Orbax's form of a rule that says which steps are kept."""
+
+    kept_steps: Callable[[Sequence[int]], set[int]]
+
+    def should_preserve(self, checkpoints, *, context):
+        del context
+        kept = self.kept_steps([checkpoint.step for checkpoint in checkpoints])
+        return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
 def _first_line(error: Exception) -> str:
@@ -205,13 +258,34 @@ def _host_template(leaf: Any) -> np.ndarray:
     return np.zeros(np.shape(leaf), np.asarray(leaf).dtype)
 
 
-def _check_shapes(template: PyTree, state: PyTree, step: int) -> None:
-    def check(path, expected, found):
-        if np.shape(expected) != np.shape(found) or expected.dtype != np.asarray(found).dtype:
-            raise ValueError(
-                f"Checkpoint {step} holds {jax.tree_util.keystr(path)} as {found.dtype}"
-                f"{list(np.shape(found))}, and the config asks for {expected.dtype}"
-                f"{list(np.shape(expected))}."
-            )
+def _difference(template: PyTree, saved: PyTree) -> str | None:
+    """Where the metadata of a saved state differs from a template, as the end of a sentence."""
+    expected, found = _described(template), _described(saved)
+    for name in sorted({*expected, *found}):
+        if name not in found:
+            return f"does not hold {name}, which the config asks for ({expected[name]})."
+        if name not in expected:
+            return f"holds {name} ({found[name]}), which the config does not know."
+        if found[name] != expected[name]:
+            return f"holds {name} as {found[name]}, and the config asks for {expected[name]}."
+    return None
 
-    jax.tree_util.tree_map_with_path(check, template, state)
+
+def _checksums(tree: PyTree) -> dict[str, int]:
+    return {
+        _name(path): zlib.crc32(np.asarray(leaf).tobytes())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _described(tree: PyTree) -> dict[str, str]:
+    """Type and shape of each array by its path, equal for tuples, lists and named tuples."""
+    return {
+        _name(path): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if getattr(leaf, "shape", None) is not None
+    }

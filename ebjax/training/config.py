@@ -67,7 +67,8 @@ class TrainingConfig:
             followed = field.metadata.get("follows")
             if followed is not None and getattr(self, field.name) == -1:
                 object.__setattr__(self, field.name, getattr(self, followed))
-            value, default = getattr(self, field.name), field.default
+            value: Any = getattr(self, field.name)
+            default: Any = field.default
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if isinstance(default, float) and is_number:
                 continue
@@ -75,11 +76,18 @@ class TrainingConfig:
                 raise ValueError(
                     f"{field.name} is {value!r}; it must be of type {type(default).__name__}."
                 )
-        check_at_least(self, 0, "seed", "keep_best", "num_devices")
+            if isinstance(default, tuple) and default:
+                kind = type(default[0])
+                if any(type(entry) is not kind for entry in value):
+                    raise ValueError(
+                        f"{field.name} is {value!r}; its entries must be of type {kind.__name__}."
+                    )
+        check_between(self, 0, 2**32 - 1, "seed")  # what a key holds; more would repeat itself
+        check_at_least(self, 0, "keep_best", "num_devices")
         check_at_least(
-            self, 1, "num_steps", "batch_size", "log_every", "checkpoint_every", "keep_last"
+            self, 1, "batch_size", "log_every", "checkpoint_every", "keep_last", "steps_per_call"
         )
-        check_at_least(self, 1, "steps_per_call")
+        check_between(self, 1, 2**31 - 1, "num_steps")  # counted in int32
         check_between(self, 0, 0.999999, "ema_decay")
         if self.backend not in BACKENDS:
             raise ValueError(

@@ -7,7 +7,6 @@ makes the same calls, and logs the same numbers, as one that was not.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,15 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
-from ebjax.parallel import AXIS_NAME, data_parallel
+from ebjax.parallel import AXIS_NAME, DataParallel, data_parallel
 from ebjax.training.checkpoint import Checkpointer
 from ebjax.training.config import TrainingConfig
 from ebjax.training.update import initial_state, make_update, make_update_many
-from ebjax.types import Run, TrainState
+from ebjax.types import PyTree, Run, TrainState
 
 __all__ = ["NonFiniteError", "TrainResult", "choose_devices", "init_state", "train"]
-
-_log = logging.getLogger(__name__)
 
 
 class NonFiniteError(ArithmeticError):
@@ -131,50 +128,54 @@ def train(
     arrays = program.place_constant(run.source.arrays)
     clock = _Clock(step)
 
-    def collect() -> TrainState:
-        host_replicated, host_split = program.collect(replicated, split)
-        return host_replicated._replace(carry=host_split)
-
-    def read(end: int, device_metrics, extra: dict[str, float] | None = None) -> None:
+    def fetch(device_metrics) -> dict[str, float]:
         metrics = {name: value.item() for name, value in jax.device_get(device_metrics).items()}
         bad_step = metrics.pop("bad_step")
         if bad_step >= 0:
             raise NonFiniteError(bad_step)
+        return metrics
+
+    def report(end: int, metrics: dict[str, float]) -> None:
         if on_call is not None:
             on_call(end, metrics)
         if on_log is not None and (_is_save(config, end) or end % config.log_every == 0):
-            on_log(end, {**metrics, **(extra or {})}, clock.rate(end))
+            on_log(end, metrics, clock.rate(end))
 
-    saved_step, stopping, pending = step, False, None
+    def save(end: int, metrics: dict[str, float], judge: bool) -> dict[str, float]:
+        """Judges and saves the state; the metrics with the judgement."""
+        state = _collected(program, replicated, split)
+        judgement = {}
+        if judge and run.monitor is not None:
+            key = jax.random.fold_in(jax.random.key(config.seed), end)
+            judgement = run.monitor(key, state)
+        if checkpointer is not None:
+            checkpointer.save(end, state, judgement)
+        return metrics | judgement
+
+    stopping, unread = False, None
     while step < config.num_steps and not stopping:
         end = _next_end(config, step)
-        constant = (arrays, program.place_constant(jnp.asarray(end - step, jnp.int32)))
-        replicated, split, metrics = program.step(replicated, split, constant)
-        if pending is not None:
-            read(*pending)
-        step, pending = end, (end, metrics)
+        num_updates = program.place_constant(jnp.asarray(end - step, jnp.int32))
+        replicated, split, device_metrics = program.step(replicated, split, (arrays, num_updates))
+        step = end
+        # The devices work on this call while the host reads the one before.
+        if unread is not None:
+            report(unread[0], fetch(unread[1]))
+        unread = (step, device_metrics)
         stopping = _all_agree_to_stop(should_stop(), step)
-        if _is_save(config, step) or stopping:
-            extra = {}
-            if checkpointer is not None or run.monitor is not None:
-                jax.block_until_ready(metrics)
-                read_now, pending = pending, None
-                if int(jax.device_get(metrics["bad_step"])) >= 0:
-                    read(*read_now)
-                current = collect()
-                if run.monitor is not None and _is_save(config, step):
-                    monitor_key = jax.random.fold_in(jax.random.key(config.seed), step)
-                    extra = run.monitor(monitor_key, current)
-                read(*read_now, extra)
-                if checkpointer is not None:
-                    checkpointer.save(step, current, extra)
-                    saved_step = step
-    if pending is not None:
-        read(*pending)
+        if stopping or _is_save(config, step):
+            # What is saved must be good, so here the host waits.
+            metrics, unread = fetch(device_metrics), None
+            report(step, save(step, metrics, judge=_is_save(config, step)))
     if checkpointer is not None:
         checkpointer.wait()
-        _log.info("Saved step %d.", saved_step)
-    return TrainResult(collect(), step >= config.num_steps)
+    return TrainResult(_collected(program, replicated, split), step >= config.num_steps)
+
+
+def _collected(program: DataParallel, replicated: TrainState, split: PyTree) -> TrainState:
+    """The whole state on the host."""
+    state, carry = program.collect(replicated, split)
+    return state._replace(carry=carry)
 
 
 def _is_save(config: TrainingConfig, step: int) -> bool:

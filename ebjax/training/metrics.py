@@ -21,14 +21,17 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
       ValueError: naming the line that is not a JSON object with a step.
     """
     rows = []
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    # Bytes that are not text make a line that is not JSON.
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            row["step"]
-        except (ValueError, KeyError, TypeError):
+            is_row = isinstance(row, dict) and type(row.get("step")) is int
+        except ValueError:
+            is_row = False
+        if not is_row:
             if number == len(lines):  # no newline after it: the writer was stopped in the middle
                 break
             raise ValueError(f"{path}, line {number} is not a JSON object with a step.") from None
@@ -47,10 +50,9 @@ class MetricsWriter:
 
     def __init__(self, workdir: str | Path, *, resume_step: int = 0):
         self.path = Path(workdir) / "metrics.jsonl"
-        self._rows = []
-        if self.path.exists():
-            self._rows = [row for row in read_metrics(self.path) if row["step"] <= resume_step]
-        _write_atomically(self.path, (json.dumps(row) + "\n" for row in self._rows))
+        rows = read_metrics(self.path) if self.path.exists() else []
+        kept = (json.dumps(row) + "\n" for row in rows if row["step"] <= resume_step)
+        _write_atomically(self.path, kept)
         self._file = self.path.open("a", encoding="utf-8")
         from tensorboardX import SummaryWriter
 

@@ -113,7 +113,7 @@ def make_update_many(update: Callable) -> Callable[[PyTree, PyTree, PyTree], tup
       ``(state without carry, carry, (arrays, num_steps)) -> (state, carry, metrics)``. Metrics are
       means over the ``num_steps`` updates; ``num_steps`` is traced, so one program serves calls of
       all lengths. ``metrics["bad_step"]`` is the first step whose loss or gradient is not finite,
-      or -1.
+      or the last one if it left parameters that are not, or -1.
     """
     # The inner jit is there for its trace cache: the shapes of the metrics are asked for first,
     # and the loop body then reuses the same trace.
@@ -136,6 +136,9 @@ def make_update_many(update: Callable) -> Callable[[PyTree, PyTree, PyTree], tup
         state, totals, bad_step = jax.lax.fori_loop(
             0, num_steps, body, (state, totals, jnp.full((), -1, jnp.int32))
         )
+        # Parameters that overflow in the last update spoil no loss of this call, but are not saved.
+        is_bad = (bad_step < 0) & ~all_finite(state.params)
+        bad_step = jnp.where(is_bad, state.step - 1, bad_step)
         metrics = jax.tree.map(lambda total: total / num_steps, totals)
         return state._replace(carry=()), state.carry, {**metrics, "bad_step": bad_step}
 

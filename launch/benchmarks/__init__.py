@@ -1,0 +1,1 @@
+"""Benchmarks: workloads of this package and of its peers, timed in turn."""

@@ -1,0 +1,172 @@
+"""Known laws: log Z by quadrature, samples against moments and energies, modes, errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ebjax.energies import targets
+
+COVARIANCE = [[1.3, 0.6], [0.6, 0.8]]
+MEANS = np.array([[0.0, 1.0], [2.5, -0.5], [-2.0, -1.0]])
+
+# name -> how to build it in 2-D, half-width of the box that holds its mass
+TARGETS = {
+    "gaussian": (lambda: targets.gaussian([0.5, -1.0], COVARIANCE), 14.0),
+    "gaussian_mixture": (lambda: targets.gaussian_mixture(MEANS, 0.6, [1.0, 2.0, 5.0]), 10.0),
+    "eight_gaussians": (targets.eight_gaussians, 5.0),
+    "forty_gaussians": (targets.forty_gaussians, 60.0),
+    "funnel": (lambda: targets.funnel(dim=2, scale=1.0), 200.0),
+    "banana": (lambda: targets.banana(curvature=0.3, scale=1.2), 40.0),
+    "double_well": (targets.double_well, 9.0),
+}
+each_target = pytest.mark.parametrize("name", TARGETS)
+
+
+def quadrature(name):
+    """Points [N, 2] and log weights [N] with Σ w f = ∫ f, by the trapezoid rule in u, x = sinh u.
+
+    On smooth integrands that vanish at the ends the rule converges faster than any power; the
+    stretch resolves the funnel's neck and reaches its mouth with the same points.
+    """
+    build, half_width = TARGETS[name]
+    u = np.linspace(-np.arcsinh(half_width), np.arcsinh(half_width), 1201)
+    x, log_w = np.sinh(u), np.log(np.cosh(u) * (u[1] - u[0]))
+    points = np.stack(np.meshgrid(x, x, indexing="ij"), -1).reshape(-1, 2)
+    return build(), jnp.asarray(points), (log_w[:, None] + log_w[None]).ravel()
+
+
+@each_target
+def test_log_z_and_moments_by_quadrature(name, x64):
+    target, points, log_w = quadrature(name)
+    energies = jax.jit(jax.vmap(target.energy, (None, 0)))((), points)
+    assert energies.dtype == jnp.float64
+    terms = np.exp(log_w - np.asarray(energies))
+    log_z = np.log(terms.sum())
+    np.testing.assert_allclose(log_z, target.log_z, atol=1e-7)
+    assert abs(log_z - (target.log_z + np.log(2.0))) > 0.1  # and a factor of 2 would show
+    law = terms / terms.sum()
+    mean = law @ np.asarray(points)
+    centred = np.asarray(points) - mean
+    covariance = (centred * law[:, None]).T @ centred
+    np.testing.assert_allclose(mean, target.moments.mean, atol=1e-5)
+    np.testing.assert_allclose(covariance, target.moments.covariance, rtol=1e-5, atol=1e-5)
+
+
+def sample_z_scores(target, num=20_000, scale=1.0):
+    draws = jax.jit(jax.vmap(target.sample))(jax.random.split(jax.random.key(0), num))
+    assert draws.shape == (num, *target.event_shape)
+    centred = scale * np.asarray(draws, np.float64) - np.asarray(target.moments.mean)
+    variance = np.diag(target.moments.covariance)
+    products = centred[:, :, None] * centred[:, None, :]
+    z_mean = centred.mean(0) / np.sqrt(variance / num)
+    error = products.mean(0) - np.asarray(target.moments.covariance)
+    z_covariance = error / np.sqrt(products.var(0) / num)
+    return np.abs(np.concatenate([z_mean, z_covariance.ravel()]))
+
+
+@each_target
+def test_samples_have_the_moments(name):
+    """Independent draws: SE from the stated variance, and from the draws for second moments."""
+    target = TARGETS[name][0]()
+    assert sample_z_scores(target).max() < 5.0
+    assert sample_z_scores(target, scale=1.08).max() > 5.0  # the control: draws 8 % too wide
+
+
+@each_target
+def test_samples_have_the_energy(name, x64):
+    """E under the law, a moment that sees shape: mean over draws against quadrature."""
+    target, points, log_w = quadrature(name)
+    energies = np.asarray(jax.jit(jax.vmap(target.energy, (None, 0)))((), points))
+    law = np.exp(log_w - energies - target.log_z)
+    entropy = np.sum(law * np.where(law > 0, energies, 0.0))
+    draws = jax.vmap(target.sample)(jax.random.split(jax.random.key(1), 20_000))
+    drawn = np.asarray(jax.vmap(target.energy, (None, 0))((), draws))
+    standard_error = drawn.std() / np.sqrt(len(drawn))
+    assert abs(drawn.mean() - entropy) < 5.0 * standard_error
+    wide = np.asarray(jax.vmap(target.energy, (None, 0))((), 1.1 * draws))
+    assert abs(wide.mean() - entropy) > 5.0 * standard_error
+
+
+def test_energies_are_those_of_distrax(x64):
+    import distrax  # as slow to import as it is, only here
+
+    mixture = distrax.MixtureSameFamily(
+        distrax.Categorical(probs=jnp.array([1.0, 2.0, 5.0]) / 8.0),
+        distrax.MultivariateNormalDiag(jnp.asarray(MEANS), jnp.full((3, 2), 0.6)),
+    )
+    gaussian = distrax.MultivariateNormalFullCovariance(
+        jnp.array([0.5, -1.0]), jnp.array(COVARIANCE)
+    )
+    points = 2.0 * jax.random.normal(jax.random.key(0), (50, 2))
+    for name, law in (("gaussian", gaussian), ("gaussian_mixture", mixture)):
+        target = TARGETS[name][0]()
+        ours = -jax.vmap(target.energy, (None, 0))((), points) - target.log_z
+        np.testing.assert_allclose(ours, law.log_prob(points), rtol=1e-9, atol=1e-9)
+
+
+def test_the_funnel_is_a_product_of_normals(x64):
+    target = targets.funnel()
+    points = jax.random.normal(jax.random.key(0), (50, *target.event_shape))
+    log_normal = jax.scipy.stats.norm.logpdf
+    expected = log_normal(points[:, 0], 0.0, 3.0) + log_normal(
+        points[:, 1:], 0.0, jnp.exp(0.5 * points[:, :1])
+    ).sum(-1)
+    np.testing.assert_allclose(-jax.vmap(target.energy, (None, 0))((), points), expected)
+    np.testing.assert_allclose(np.diag(target.moments.covariance)[1:], np.exp(4.5))
+
+
+@each_target
+def test_modes_are_stationary_and_lowest_nearby(name, x64):
+    """Means of a mixture are its modes up to the pull of the other components."""
+    target = TARGETS[name][0]()
+    if target.modes is None:
+        assert name in ("funnel", "banana")
+        return
+    gradient = jax.vmap(jax.grad(target.energy, 1), (None, 0))((), target.modes)
+    tolerance = {"gaussian_mixture": 2e-2, "forty_gaussians": 0.5}.get(name, 1e-6)
+    assert np.abs(gradient).max() < tolerance
+    here = jax.vmap(target.energy, (None, 0))((), target.modes)
+    for shift in np.concatenate([np.eye(2), -np.eye(2)]):
+        there = jax.vmap(target.energy, (None, 0))((), target.modes + 0.5 * shift)
+        assert name == "forty_gaussians" or np.all(there > here)
+
+
+def test_double_well_has_two_minima_and_the_tilted_side_is_deeper():
+    target = targets.double_well(tilt=0.5)
+    assert target.modes.shape == (2, 2)
+    left, right = jax.vmap(target.energy, (None, 0))((), target.modes)
+    assert right < left
+    assert target.moments.mean[0] > 0
+
+
+@pytest.mark.parametrize("x64_mode", [False, True])
+@each_target
+def test_dtype_follows_the_position(name, x64_mode):
+    with jax.enable_x64(x64_mode):
+        target = TARGETS[name][0]()
+        x = jax.ShapeDtypeStruct((2,), jnp.float32)
+        energy, gradient = jax.eval_shape(jax.value_and_grad(target.energy, 1), (), x)
+        assert (energy.dtype, gradient.dtype) == (jnp.float32, jnp.float32)
+        assert energy.shape == ()
+
+
+ERRORS = {
+    "ranks": (lambda: targets.gaussian([[0.0]], [[1.0]]), "mean has shape"),
+    "sizes": (lambda: targets.gaussian([0.0, 0.0], [[1.0]]), "covariance"),
+    "indefinite": (lambda: targets.gaussian([0.0] * 2, [[1, 2], [2, 1]]), "positive definite"),
+    "negative": (lambda: targets.gaussian([0.0] * 2, [[-1, 0], [0, -1]]), "positive definite"),
+    "asymmetric": (lambda: targets.gaussian([0.0] * 2, [[1, 0.9], [0, 1]]), "symmetric"),
+    "means": (lambda: targets.gaussian_mixture([1.0, 2.0], 1.0), r"\[K, D\]"),
+    "weights": (lambda: targets.gaussian_mixture(MEANS, 1.0, [1.0]), "3 positive"),
+    "zero weight": (lambda: targets.gaussian_mixture(MEANS, 1.0, [1.0, 0.0, 1.0]), "positive"),
+    "deviation": (lambda: targets.gaussian_mixture(MEANS, -0.5), "-0.5"),
+    "funnel": (lambda: targets.funnel(dim=1), "dim is 1"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_name_the_value(name):
+    build, message = ERRORS[name]
+    with pytest.raises(ValueError, match=message):
+        build()

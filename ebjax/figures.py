@@ -101,20 +101,35 @@ def chain_strip(
     return figure
 
 
-def energy_histogram(energies: Mapping[str, np.ndarray], *, num_bins: int = 60) -> Figure:
-    """Histograms of energies of several sets on one axis."""
-    figure = Figure(figsize=(6.4, 3.6), dpi=120)
-    axes = figure.subplots()
-    pooled = np.concatenate([np.asarray(values) for values in energies.values()])
-    bins = np.linspace(pooled.min(), pooled.max(), num_bins + 1).tolist()
-    for color, (name, values) in zip(COLORS, energies.items(), strict=False):
-        label = f"{name} (mean {np.mean(values):.2f})"
-        axes.hist(values, bins=bins, density=True, alpha=0.25, color=color)
-        axes.hist(values, bins=bins, density=True, histtype="step", color=color, label=label)
-    axes.set_xlabel("energy E(x), lower is likelier", color=_INK, fontsize=9)
-    axes.set_ylabel("density", color=_INK, fontsize=9)
-    axes.legend(frameon=False, fontsize=8)
-    _style(axes)
+def energy_histogram(
+    energies: Mapping[str, np.ndarray], *, close_up: Sequence[str] = (), num_bins: int = 50
+) -> Figure:
+    """Histograms of energies of several sets on one axis, and of some of them close up.
+
+    Args:
+      energies: by name, each [N].
+      close_up: names of the sets whose energies lie close together; they are drawn again beside
+        the whole, on a scale of their own.
+      num_bins: bins of each panel.
+    """
+    panels = [("all", list(energies))] + ([("close up", list(close_up))] if close_up else [])
+    figure = Figure(figsize=(5.2 * len(panels), 3.6), dpi=120)
+    colors = dict(zip(energies, COLORS, strict=False))
+    for axes, (title, names) in zip(
+        np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True
+    ):
+        pooled = np.concatenate([np.asarray(energies[name]) for name in names])
+        bins = np.linspace(pooled.min(), pooled.max(), num_bins + 1).tolist()
+        for name in names:
+            values, color = np.asarray(energies[name]), colors[name]
+            axes.hist(values, bins=bins, density=True, alpha=0.2, color=color)
+            label = f"{name} (mean {values.mean():.2f})"
+            axes.hist(values, bins=bins, density=True, histtype="step", color=color, label=label)
+        axes.set_title(title, fontsize=10, color=_INK, loc="left")
+        axes.set_xlabel("energy E(x), lower is likelier", color=_INK, fontsize=9)
+        axes.set_ylabel("density", color=_INK, fontsize=9)
+        axes.legend(frameon=False, fontsize=8)
+        _style(axes)
     figure.tight_layout()
     return figure
 

@@ -187,7 +187,8 @@ def build(config: DigitsConfig) -> Run:
                     "data, held out": energies_of(state.ema, held_out),
                     "samples": samples["energies"],
                     "noise": energies_of(state.ema, noises),
-                }
+                },
+                close_up=("data, training", "data, held out", "samples"),
             ),
             "chains": chain_strip(
                 np.concatenate([start[None], positions]), [every * t for t in range(num_times + 1)]

@@ -18,12 +18,10 @@ import jax
 __all__ = ["PeerMissing", "Workload", "compile_ahead", "import_peer"]
 
 INSTALL = {
-    "gfnx": "pip install equinox flashbax jax_tqdm jaxtyping networkx omegaconf hydra-core pillow "
-    "&& pip install --no-deps gfnx",
-    "torchgfn": "pip install torch tensordict torch_geometric einops dill "
-    "linear-attention-transformer && pip install --no-deps torchgfn",
-    "torchebm": "pip install torch torchebm",
-    "blackjax": "pip install blackjax",
+    "gfnx": "pip install 'ebjax[bench]' && pip install --no-deps gfnx",
+    "torchgfn": "pip install 'ebjax[bench]' && pip install --no-deps torchgfn",
+    "torchebm": "pip install 'ebjax[bench]'",
+    "blackjax": "pip install 'ebjax[bench]'",
 }
 
 

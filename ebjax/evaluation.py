@@ -45,7 +45,7 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def maximum_mean_discrepancy(first: np.ndarray, second: np.ndarray) -> float:
-    """Unbiased squared MMD with a Gaussian kernel, bandwidth the median distance of the pool.
+    """Unbiased squared MMD with ``k(x, y) = exp(-|x - y|² / m)``, m the median squared distance.
 
         mean_{i≠j} k(x_i, x_j) + mean_{i≠j} k(y_i, y_j) - 2 mean_{ij} k(x_i, y_j)
 

@@ -90,7 +90,9 @@ def _num_chunks(count: jax.Array, chunk_size: int) -> jax.Array:
 
 def _chunk(order, count, i, chunk_size):
     index = jax.lax.dynamic_slice(order, (i * chunk_size,), (chunk_size,))
-    return index, i * chunk_size + jnp.arange(chunk_size) < count
+    is_real = i * chunk_size + jnp.arange(chunk_size) < count
+    # The rest of the last chunk repeats a needed item: others may have no finite value or gradient.
+    return jnp.where(is_real, index, order[0]), is_real
 
 
 def _take(items: PyTree, index: jax.Array) -> PyTree:

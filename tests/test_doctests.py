@@ -4,9 +4,10 @@ import doctest
 import importlib
 import pkgutil
 
+import pytest
+
 import ebjax
 import gflownet
-import pytest
 
 
 def _modules():

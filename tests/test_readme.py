@@ -28,7 +28,9 @@ def test_python_blocks_run(source, capsys):
 
 
 def test_ci_runs_the_test_command_of_readme():
-    test_commands = [line for block in blocks("bash") for line in block.splitlines() if "pytest" in line]
+    test_commands = [
+        line for block in blocks("bash") for line in block.splitlines() if "pytest" in line
+    ]
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
     assert test_commands
     assert test_commands[0] in ci

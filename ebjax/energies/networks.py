@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ebjax.types import Energy
+from ebjax.types import Energy, bind
 
 __all__ = ["convolutional_energy", "from_linen", "mlp_energy"]
 
@@ -22,19 +22,21 @@ def from_linen(module: nn.Module) -> Energy:
 
     The module's output is squeezed to a scalar; more than one number is an error.
     """
+    return Energy(bind(_init_module, module=module), bind(_apply_module, module=module))
 
-    def apply(params, x, *context):
-        out = module.apply({"params": params}, x, *context)
-        if jnp.size(out) != 1:
-            raise ValueError(
-                f"{type(module).__name__} returned shape {jnp.shape(out)} for one example; "
-                "an energy returns one number."
-            )
-        return jnp.reshape(out, ())
 
-    return Energy(
-        init=lambda key, x, *context: module.init(key, x, *context)["params"], apply=apply
-    )
+def _init_module(key, x, *context, module: nn.Module):
+    return module.init(key, x, *context)["params"]
+
+
+def _apply_module(params, x, *context, module: nn.Module):
+    out = module.apply({"params": params}, x, *context)
+    if jnp.size(out) != 1:
+        raise ValueError(
+            f"{type(module).__name__} returned shape {jnp.shape(out)} for one example; "
+            "an energy returns one number."
+        )
+    return jnp.reshape(out, ())
 
 
 class _MLP(nn.Module):

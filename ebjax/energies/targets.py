@@ -43,7 +43,7 @@ def gaussian(mean: npt.ArrayLike, covariance: npt.ArrayLike) -> Target:
       covariance: S [D, D], symmetric and positive definite.
 
     Raises:
-      ValueError: if the shapes do not fit or S is not positive definite.
+      ValueError: if the shapes do not fit or S is not symmetric and positive definite.
     """
     mean = np.asarray(mean, float)
     covariance = np.asarray(covariance, float)
@@ -52,6 +52,8 @@ def gaussian(mean: npt.ArrayLike, covariance: npt.ArrayLike) -> Target:
             f"mean has shape {mean.shape} and covariance {covariance.shape}; "
             "they must be [D] and [D, D]."
         )
+    if not np.allclose(covariance, covariance.T):
+        raise ValueError(f"covariance is not symmetric: {covariance.tolist()}.")
     sign, log_determinant = np.linalg.slogdet(covariance)
     if sign <= 0 or np.linalg.eigvalsh(covariance).min() <= 0:
         raise ValueError("covariance is not positive definite.")
@@ -84,10 +86,15 @@ def gaussian_mixture(
       means: m [K, D].
       standard_deviation: σ > 0, shared.
       weights: w [K], positive; equal by default. They are normalised.
+
+    Raises:
+      ValueError: if the shapes do not fit, or σ or a weight is not positive.
     """
     means = np.asarray(means, float)
     if means.ndim != 2:
         raise ValueError(f"means has shape {means.shape}; it must be [K, D].")
+    if not standard_deviation > 0:
+        raise ValueError(f"standard_deviation is {standard_deviation}; it must be positive.")
     num_modes, dim = means.shape
     probs = np.full(num_modes, 1.0) if weights is None else np.asarray(weights, float)
     if probs.shape != (num_modes,) or probs.min() <= 0:
@@ -200,7 +207,9 @@ def double_well(tilt: float = 0.5, quadratic: float = 6.0) -> Target:
     grid (the integrand is smooth and dies off like exp(-x⁴), so the error is that of rounding).
     Samples invert its distribution function by linear interpolation between 20,001 points.
     """
-    grid = np.linspace(-6.0, 6.0, 20_001)
+    # Beyond this x⁴ outweighs the other terms by more than float64 can tell.
+    extent = 3.0 + 2.0 * math.sqrt(abs(quadratic)) + abs(tilt) ** (1 / 3)
+    grid = np.linspace(-extent, extent, 20_001)
     step = grid[1] - grid[0]
 
     def marginal(x):

@@ -199,7 +199,7 @@ def build(config: DigitsConfig) -> Run:
         init=lambda key: energy.init(key, jnp.zeros(_SHAPE)),
         objective=objective,
         optimizer=adam(schedule, b1=config.adam_b1, gradient_clip=config.gradient_clip),
-        source=Source(training, example),
+        source=Source(jnp.asarray(training), example),
         sample=sample_images,
         evaluate=evaluate,
         figures=figures,

@@ -8,6 +8,7 @@ This is the only module that knows Orbax.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib.metadata
 import logging
 import math
@@ -180,6 +181,7 @@ class Checkpointer:
                     self._directory,
                     _first_line(error),
                 )
+            _drop_failed_tasks()
             if difference is not None:
                 raise ValueError(f"Checkpoint {candidate} in {self._directory} {difference}")
         if steps:
@@ -227,6 +229,16 @@ class _Keep(PreservationPolicy):
         del context
         kept = self.kept_steps([checkpoint.step for checkpoint in checkpoints])
         return [checkpoint.step in kept for checkpoint in checkpoints]
+
+
+def _drop_failed_tasks() -> None:
+    """Orbax leaves tasks whose errors nobody asks for; asyncio would log each of them later."""
+    logger = logging.getLogger("asyncio")
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        gc.collect()
+    finally:
+        logger.disabled = was_disabled
 
 
 def _first_line(error: Exception) -> str:

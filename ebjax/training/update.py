@@ -97,7 +97,7 @@ def make_update(
         ema = jax.tree.map(
             lambda e, p: e + (1.0 - decay).astype(p.dtype) * (p - e), state.ema, params
         )
-        metrics["gradient_norm"] = optax.global_norm(gradient)
+        metrics["gradient_norm"] = optax.tree.norm(gradient)
         state = state._replace(
             step=state.step + 1, params=params, ema=ema, opt_state=opt_state, carry=carry
         )

@@ -43,7 +43,7 @@ def test_it_nests():
 def test_arrays_fall_back_to_identity():
     scale = jnp.ones(2)
     first, second = bind(scaled, scale=scale), bind(scaled, scale=scale)
-    assert first == first  # noqa: PLR0124
+    assert first == first
     assert first != second
     assert isinstance(hash(first), int)
 

@@ -80,9 +80,7 @@ def test_floats_would_fail(side):
 
 @pytest.mark.parametrize(("dim", "side", "r0", "r1", "r2", "published"), LOG_Z)
 def test_log_z(dim, side, r0, r1, r2, published):
-    environment = hypergrid(
-        dim=dim, side=side, reward_floor=r0, reward_outer=r1, reward_ring=r2
-    )
+    environment = hypergrid(dim=dim, side=side, reward_floor=r0, reward_outer=r1, reward_ring=r2)
     assert environment.log_z == pytest.approx(enumerated_log_z(environment), rel=1e-9)
     if published is not None:
         assert environment.log_z == pytest.approx(published, abs=1e-6)
@@ -156,6 +154,4 @@ def test_actions_move_the_coordinate_they_name():
     stopped = environment.step(start, jnp.asarray(3))
     assert stopped.stopped
     np.testing.assert_array_equal(stopped.position, [0, 0, 0])
-    np.testing.assert_array_equal(
-        environment.observe(moved), np.eye(5)[[0, 0, 1]].reshape(-1)
-    )
+    np.testing.assert_array_equal(environment.observe(moved), np.eye(5)[[0, 0, 1]].reshape(-1))

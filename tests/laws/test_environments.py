@@ -264,9 +264,7 @@ def test_walks_end_within_max_length():
             # Stopping is left out while anything else is allowed: the longest walks.
             rest = mask.at[environment.stop_action].set(False)
             mask = jnp.where(rest.any(), rest, mask)
-            action = jax.random.categorical(
-                jax.random.fold_in(key, t), jnp.where(mask, 0.0, -1e9)
-            )
+            action = jax.random.categorical(jax.random.fold_in(key, t), jnp.where(mask, 0.0, -1e9))
             moves = mask.any()
             new = environment.step(state, action.astype(jnp.int32))
             state = jax.tree.map(lambda a, b: jnp.where(moves, a, b), new, state)
@@ -337,7 +335,9 @@ BUGS = {
     ),
     "index of the reversed position": (
         check_index,
-        GRID._replace(state_index=lambda s: GRID.state_index(s._replace(position=s.position[::-1]))),
+        GRID._replace(
+            state_index=lambda s: GRID.state_index(s._replace(position=s.position[::-1]))
+        ),
     ),
     "enumeration without the complete sets": (
         check_index,

@@ -99,8 +99,9 @@ def test_vmap_equals_a_loop(name, x64):
     many = jax.jit(jax.vmap(one))(keys, positions)
     one = jax.jit(one)
     for i in range(5):
-        alone, of_many = one(keys[i], jax.tree.map(lambda x, i=i: x[i], positions)), jax.tree.map(
-            lambda x, i=i: x[i], many
+        alone, of_many = (
+            one(keys[i], jax.tree.map(lambda x, i=i: x[i], positions)),
+            jax.tree.map(lambda x, i=i: x[i], many),
         )
         chex.assert_trees_all_close(alone, of_many, rtol=1e-12, atol=1e-12)
 

@@ -47,12 +47,15 @@ class MaskedCategorical(NamedTuple):
     def sample(self, key: jax.Array) -> jax.Array:
         """[] int32, by inversion of the distribution function: one uniform number a draw.
 
-        A forbidden action adds nothing to the distribution function and is never drawn.
+        The first *allowed* action at which the distribution function exceeds the number, so that
+        a forbidden one is never drawn, however a device rounds its sums; 0 where none is allowed.
         """
         cumulative = jnp.cumsum(self.probs())
-        # Less than the total also after rounding, so the last allowed action bounds the index.
         threshold = jax.random.uniform(key, dtype=cumulative.dtype) * cumulative[-1]
-        return jnp.sum(cumulative <= threshold).astype(jnp.int32)
+        is_beyond = self.mask & (cumulative > threshold)
+        last_allowed = self.mask.shape[0] - 1 - jnp.argmax(self.mask[::-1])
+        action = jnp.where(is_beyond.any(), jnp.argmax(is_beyond), last_allowed)
+        return jnp.where(self.mask.any(), action, 0).astype(jnp.int32)
 
     def is_certain(self) -> jax.Array:
         """[] bool: whether at most one action is allowed."""

@@ -73,7 +73,7 @@ class _Lanes(NamedTuple):
 def _write(buffers: PyTree, row: PyTree, t: jax.Array) -> PyTree:
     return jax.tree.map(
         lambda buffer, value: jax.lax.dynamic_update_slice(
-            buffer, value.astype(buffer.dtype)[None], (t,) + (0,) * value.ndim
+            buffer, value.astype(buffer.dtype)[None], (t,) + (jnp.zeros_like(t),) * value.ndim
         ),
         buffers,
         row,
@@ -110,9 +110,9 @@ def _roll(keys, environment: Environment, start, transition, *, extra_step: bool
 
     def body(loop):
         t, lanes, step_keys, buffers = loop
-        moves, next_states, actions, here, last, is_choice = jax.vmap(
-            transition, (0, 0, 0, None)
-        )(step_keys[t, : len(lanes.moved)], lanes.state, lanes.action, t == 0)
+        moves, next_states, actions, here, last, is_choice = jax.vmap(transition, (0, 0, 0, None))(
+            step_keys[t, : len(lanes.moved)], lanes.state, lanes.action, t == 0
+        )
         row = _Buffers(
             states=lanes.state,
             actions=actions,

@@ -120,16 +120,28 @@ def _run(command: Command, argv: list[str]) -> int:
     if command.has_config:
         argv = _resolve_config(argv)
         _load_config(argv)
+    values = _fresh(command)
     try:
-        rest = _parse(command.flags, argv)
+        rest = _parse(values, argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(_sentence(command, argv, error)) from None
     if wants_help:
-        print(_help(command))
+        print(_help(command, values))
         return 0
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not a flag; see --help.")
-    return command.run(command.flags) or 0
+    return command.run(values) or 0
+
+
+def _fresh(command: Command) -> FlagValues:
+    """Its flags without what an earlier call in this process left in them."""
+    values = command.flags
+    for name in [name for name in values if name.startswith("config.")]:
+        delattr(values, name)
+    values.unparse_flags()
+    for name in values:
+        values[name].unparse()
+    return values
 
 
 def _parse(values: FlagValues, argv: list[str]) -> list[str]:
@@ -184,6 +196,8 @@ def _load_config(argv: list[str]) -> ConfigDict | None:
     Raises:
       UserError: if the file cannot be loaded or does not give a config.
     """
+    # ml_collections would run a second file of this process in the module of the first.
+    sys.modules.pop("config_config", None)
     values = FlagValues()
     define_config(values)
     given = [arg for arg in argv[1:] if arg.startswith("--config=")]
@@ -201,22 +215,22 @@ def _load_config(argv: list[str]) -> ConfigDict | None:
     return values.config
 
 
-def _help(command: Command) -> str:
+def _help(command: Command, values: FlagValues) -> str:
     lines = [command.description.strip(), "", "Flags:"]
     seen = set()
-    for name in command.flags:
-        flag = command.flags[name]
+    for name in values:
+        flag = values[name]
         if name.startswith("config.") or flag.name in seen:
             continue
         seen.add(flag.name)
         default = "" if flag.default in (None, False) else f" (default: {flag.default})"
         lines.append(f"  --{flag.name}: {flag.help}{default}")
-    config = command.flags["config"].value if command.has_config else None
+    config = values["config"].value if command.has_config else None
     if command.has_config and config is None:
         lines += ["", "Add --config=NAME to see the fields of a config."]
     elif config is not None:
         lines += ["", "Fields of the config, set with --config.FIELD=VALUE:"]
-        recipe = find_recipe(config.recipe, _recipe_module(command.flags))
+        recipe = find_recipe(config.recipe, _recipe_module(values))
         for field in dataclasses.fields(recipe.config):
             about = field.metadata.get("help", "")
             lines.append(f"  {field.name} = {config[field.name]!r}: {about}")
@@ -233,4 +247,6 @@ def _quieten() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     for name in ("absl", "asyncio", "jax", "orbax", "tensorboardX"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    # tensorstore finishes reads of damaged checkpoints after their event loop is gone.
+    sys.unraisablehook = lambda unraisable: None
     logging.basicConfig(format="%(message)s", level=logging.WARNING)

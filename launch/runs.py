@@ -86,7 +86,12 @@ def default_config(name: str, module: str | None = None) -> ml_collections.Confi
     8
     """
     recipe = find_recipe(name, module)
-    return ml_collections.ConfigDict({"recipe": name, **dataclasses.asdict(recipe.config())})
+    # A field that follows another one stays -1 here: the other may be overridden.
+    settings = dataclasses.asdict(recipe.config())
+    for field in dataclasses.fields(recipe.config):
+        if field.metadata.get("follows"):
+            settings[field.name] = field.default
+    return ml_collections.ConfigDict({"recipe": name, **settings})
 
 
 def make_config(recipe: Recipe, settings: Mapping[str, Any], *, origin: str = "") -> TrainingConfig:

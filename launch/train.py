@@ -88,7 +88,9 @@ def _use_devices(flag_values: flags.FlagValues) -> None:
                 f"coordinator_address is {address!r}; the {count} processes do not find each other "
                 f"there ({error})."
             ) from None
-    elif "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        return
+    is_chosen = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not is_chosen and jax.config.jax_num_cpu_devices < 0:  # type: ignore[attr-defined]
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         # Too late where JAX has started already (in a notebook); it then keeps its devices.
         with contextlib.suppress(RuntimeError):

@@ -20,7 +20,7 @@ def _program(num_devices, backend):
 
 
 def _values():
-    replicated = {"w": np.float32(1.5), "key": jax.random.key(3), "n": np.arange(3)}
+    replicated = {"w": np.float32(1.5), "key": jax.random.key(3), "n": np.arange(3, dtype=np.int32)}
     split = {
         "x": np.arange(16, dtype=np.float32).reshape(8, 2),
         "keys": jax.random.split(jax.random.key(1), 8),

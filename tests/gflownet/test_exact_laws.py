@@ -139,7 +139,7 @@ def test_reward_parameters_reach_the_target():
     pairs = [(a, b) for a in range(4) for b in range(a)]
     assert log_z == pytest.approx(math.log(sum(math.exp(-a - b) for a, b in pairs)), abs=1e-6)
     chosen = np.asarray(graph.states)[graph.terminal]
-    np.testing.assert_allclose(target, np.exp(-chosen @ np.asarray(energies) - log_z), atol=1e-6)
+    np.testing.assert_allclose(target, np.exp(-(chosen @ np.asarray(energies)) - log_z), atol=1e-6)
     flow_log_z = exact.exact_flow(environment, graph, reward_params=energies)[1]
     assert flow_log_z == pytest.approx(log_z, abs=1e-5)
 

@@ -35,8 +35,8 @@ def test_defaults_are_those_of_the_claim():
 
 
 def test_learns():
-    good, outcomes = share_learned([0, 1])
-    assert good == 2, outcomes
+    good, outcomes = share_learned([0])
+    assert good == 1, outcomes
 
 
 def test_learns_with_uniform_backward_policy():

@@ -86,7 +86,9 @@ def test_ends_of_the_unit_interval(monkeypatch, size, uniform):
     masks[:, size // 2] = True
     masks[:, [0, -1]] = False
     logits = rng.standard_normal((200, size)).astype(np.float32)
-    drawn = jax.vmap(lambda l, m: MaskedCategorical(l, m).sample(jax.random.key(0)))(logits, masks)
+    drawn = jax.vmap(lambda row, m: MaskedCategorical(row, m).sample(jax.random.key(0)))(
+        logits, masks
+    )
     assert masks[np.arange(200), np.asarray(drawn)].all()
     expected = masks.argmax(1) if uniform == 0 else size - 1 - masks[:, ::-1].argmax(1)
     np.testing.assert_array_equal(drawn, expected)
@@ -111,7 +113,7 @@ def test_certainty(count):
     assert bool(law.is_certain()) == (count <= 1)
     if count == 1:
         assert law.log_prob(0) == 0.0
-        assert not jax.grad(lambda l: law._replace(logits=l).log_prob(0))(LOGITS).any()
+        assert not jax.grad(lambda row: law._replace(logits=row).log_prob(0))(LOGITS).any()
 
 
 def test_gradients_are_finite_with_empty_rows():
@@ -120,7 +122,7 @@ def test_gradients_are_finite_with_empty_rows():
     actions = jnp.array([1, 0, 2])
 
     def total(logits):
-        log_prob = jax.vmap(lambda l, m, a: MaskedCategorical(l, m).log_prob(a))(
+        log_prob = jax.vmap(lambda row, m, a: MaskedCategorical(row, m).log_prob(a))(
             logits, masks, actions
         )
         return jnp.where(masks.any(axis=1), log_prob, 0.0).sum()

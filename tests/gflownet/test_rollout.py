@@ -23,6 +23,8 @@ from small_environments import (
 
 from gflownet import backward_rollout, exact, forward_rollout
 
+# The grid of three dimensions, slow to compile, is in the laws of the objectives as well.
+FEW = ["hypergrid_2x5", "sets_5_3", "diamond"]
 FIVE_SIGMA = 2 * stats.norm.sf(5)
 
 
@@ -131,7 +133,7 @@ def test_forward_replay(name, epsilon):
     check_replay(name, params, forward(name)(keys(1, 16), params, epsilon))
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", FEW)
 def test_backward_replay(name):
     params = random_tables(setting(name)[0], 0)
     index, terminal = some_terminal(name, 16, 0)
@@ -180,7 +182,7 @@ def assert_same_trajectory(name, one, a, other, b):
     np.testing.assert_array_equal(one.states[: length + 1, a], other.states[: length + 1, b])
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", FEW)
 def test_batch_mates_do_not_matter(name):
     params = random_tables(setting(name)[0], 0)
     together = forward(name)(keys(1, 16), params, 0.3)
@@ -199,7 +201,7 @@ def test_batch_mates_do_not_matter(name):
         assert_same_trajectory(name, other, 0, together, order[0])
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", FEW)
 def test_deterministic_in_the_key(name):
     params = random_tables(setting(name)[0], 0)
     first = forward(name)(keys(1, 16), params, 0.3)
@@ -247,6 +249,18 @@ def test_jit_changes_nothing():
     compiled = forward("diamond")(keys(1, 8), params, 0.3)
     for b in range(8):
         assert_same_trajectory("diamond", alone, b, compiled, b)
+
+
+@pytest.mark.parametrize("name", ["hypergrid_2x5", "sets_5_3"])
+def test_double_precision(name, x64):
+    environment, policy = tabular(SMALL[name]())  # not traced in single precision before
+    params = random_tables(environment, 0)
+    draw = jax.jit(lambda keys: forward_rollout(keys, environment, policy, params))
+    back = jax.jit(lambda keys, end: backward_rollout(keys, environment, policy, params, end))
+    there = draw(keys(1, 16))
+    for trajectories in (there, back(keys(1, 16), there.terminal)):
+        assert trajectories.log_pf.dtype == trajectories.log_reward.dtype == jnp.float64
+        assert trajectories.actions.dtype == jnp.int32
 
 
 def test_nothing_carries_gradient():
@@ -326,7 +340,7 @@ def uniformity(name, trajectories):
     return float(stats.chi2.sf(statistic, (choices[used] - 1).sum()))
 
 
-@pytest.mark.parametrize("name", ["hypergrid_2x5", "sets_5_3", "diamond"])
+@pytest.mark.parametrize("name", FEW)
 def test_full_exploration_is_uniform(name):
     assert uniformity(name, draws(name, 1.0)[1]) > FIVE_SIGMA
     # The planted bug: a tenth of the draws by the policy.
@@ -344,7 +358,7 @@ def explored(name, params, epsilon):
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.5])
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", FEW)
 def test_terminal_frequencies(name, epsilon):
     environment, policy = setting(name)
     params, trajectories = draws(name, epsilon)

@@ -23,7 +23,7 @@ KEYS = jax.random.split(jax.random.key(4), BATCH)
 @functools.cache
 def setting(name):
     environment, policy = tabular(SMALL[name]())
-    params = {"policy": random_tables(environment, 1), "log_z": jnp.full((), 0.7)}
+    params = {"policy": random_tables(environment, 1), "log_z": jnp.float32(0.7)}
     return environment, policy, params
 
 
@@ -113,7 +113,8 @@ def test_schedule_of_exploration(schedule):
 def test_negative_rounding_of_a_schedule_is_no_exploration():
     environment, policy, params = setting("diamond")
     objective = trajectory_balance(environment, policy, epsilon=lambda count: -1e-9 * (1 + count))
-    _, (_, metrics) = objective.loss(params, jnp.zeros(BATCH, jnp.int32), KEYS, ())
+    loss = jax.jit(lambda carry: objective.loss(params, carry, KEYS, ()))
+    _, (_, metrics) = loss(jnp.zeros(BATCH, jnp.int32))
     assert metrics["epsilon"] == 0.0
 
 

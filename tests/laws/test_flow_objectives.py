@@ -90,7 +90,7 @@ def rollouts(name, backward):
 @pytest.mark.parametrize("name", SMALL)
 def test_flow_is_exact(name, backward, x64):
     # The tables are right by the definition of a flow, and not only by the recursion.
-    environment, policy = setting(name)
+    environment, _ = setting(name)
     params, log_z = exact_tables(environment, backward)
     tables = tabulate.__wrapped__(environment)
     forward, back = np.asarray(params["forward"]), np.asarray(params["backward"])
@@ -140,7 +140,7 @@ def test_terminal_distribution_is_the_target(name, backward):
 @pytest.mark.parametrize("backward", BACKWARD)
 @pytest.mark.parametrize("name", SMALL)
 def test_balance_of_recorded_values(name, backward):
-    params, log_z = flow(name, backward)
+    _, log_z = flow(name, backward)
     for drawn_by, t in rollouts(name, backward).items():
         residual = balance(jnp.asarray(log_z, jnp.float32), t.log_pf, t.log_pb, t)
         np.testing.assert_allclose(residual, 0.0, atol=1e-5, err_msg=drawn_by)

@@ -11,6 +11,9 @@ import pytest
 
 from ebjax.training import Checkpointer
 
+# tensorstore finishes reads of damaged files after their event loop is gone.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 PARAMS = {"w": jnp.arange(4.0), "b": (jnp.ones((2, 3), jnp.bfloat16), jnp.zeros(()))}
 STATE = {
     "step": np.int32(3),

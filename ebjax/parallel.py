@@ -19,7 +19,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -74,17 +73,16 @@ def data_parallel(
       ValueError: for an unknown backend.
     """
     devices = jax.devices() if devices is None else devices
-    mesh = Mesh(np.array(devices), (AXIS_NAME,))
     if backend == "pmap":
-        return _pmapped(step, devices, mesh)
+        return _pmapped(step, devices)
     if backend == "shard_map":
-        return _shard_mapped(step, mesh)
+        return _shard_mapped(step, devices)
     raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}.")
 
 
-def _pmapped(step, devices: list[jax.Device], mesh: Mesh) -> DataParallel:
-    process = jax.process_index()
-    num_local = sum(device.process_index == process for device in devices)
+def _pmapped(step, devices: list[jax.Device]) -> DataParallel:
+    local = [device for device in devices if device.process_index == jax.process_index()]
+    mesh = Mesh(np.array(local), (AXIS_NAME,))
     # One process may run on some of its devices; several processes always run on all.
     pmapped = jax.pmap(
         step,
@@ -95,27 +93,29 @@ def _pmapped(step, devices: list[jax.Device], mesh: Mesh) -> DataParallel:
         devices=devices if jax.process_count() == 1 else None,
     )
 
-    def place(replicated, split):
-        def local_part(leaf):
-            per_device = np.shape(leaf)[0] // len(devices)
-            part = np.asarray(leaf).reshape(len(devices), per_device, *np.shape(leaf)[1:])
-            first = next(i for i, d in enumerate(devices) if d.process_index == process)
-            return jnp.array(part[first : first + num_local])
+    def local_part(leaf):
+        part = np.asarray(leaf).reshape(len(devices), -1, *np.shape(leaf)[1:])
+        first = devices.index(local[0])
+        return part[first : first + len(local)]
 
-        # A copy: the step donates its inputs, and the caller keeps what it gave.
-        return jax.tree.map(_copy, replicated), _map_arrays(local_part, split)
+    def merged(leaf):
+        leaf = np.asarray(leaf).reshape(-1, *leaf.shape[2:])
+        return multihost_utils.process_allgather(leaf, tiled=True)
 
-    def collect(replicated, split):
-        def merged(leaf):
-            leaf = np.asarray(leaf).reshape(-1, *leaf.shape[2:])
-            return multihost_utils.process_allgather(leaf, tiled=True)
+    return DataParallel(
+        num_devices=len(devices),
+        step=pmapped,
+        place=lambda replicated, split: (
+            _put(replicated, mesh, PartitionSpec()),
+            _put(_map_arrays(local_part, split), mesh, PartitionSpec(AXIS_NAME)),
+        ),
+        collect=lambda replicated, split: (to_host(replicated), _map_arrays(merged, split)),
+        place_constant=lambda constant: _put(constant, mesh, PartitionSpec()),
+    )
 
-        return to_host(replicated), _map_arrays(merged, split)
 
-    return DataParallel(len(devices), pmapped, place, collect, lambda constant: constant)
-
-
-def _shard_mapped(step, mesh: Mesh) -> DataParallel:
+def _shard_mapped(step, devices: list[jax.Device]) -> DataParallel:
+    mesh = Mesh(np.array(devices), (AXIS_NAME,))
     everywhere, in_parts = PartitionSpec(), PartitionSpec(AXIS_NAME)
     mapped = jax.jit(
         jax.shard_map(
@@ -128,33 +128,36 @@ def _shard_mapped(step, mesh: Mesh) -> DataParallel:
         donate_argnums=(0, 1),
     )
 
-    def put(tree, spec):
-        sharding = NamedSharding(mesh, spec)
-
-        def put_leaf(leaf):
-            if _is_key(leaf):
-                data = put_leaf(jax.random.key_data(leaf))
-                return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-            value = np.asarray(leaf)
-            return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
-
-        return jax.tree.map(put_leaf, tree)
-
-    def collect(replicated, split):
-        def whole(leaf):
-            return multihost_utils.process_allgather(leaf, tiled=True)
-
-        if jax.process_count() == 1:
-            return to_host(replicated), to_host(split)
-        return to_host(replicated), _map_arrays(whole, split)
+    def whole(leaf):
+        return multihost_utils.process_allgather(leaf, tiled=True)
 
     return DataParallel(
-        mesh.size,
-        mapped,
-        lambda replicated, split: (put(replicated, everywhere), put(split, in_parts)),
-        collect,
-        lambda constant: put(constant, everywhere),
+        num_devices=len(devices),
+        step=mapped,
+        place=lambda replicated, split: (
+            _put(replicated, mesh, everywhere),
+            _put(split, mesh, in_parts),
+        ),
+        collect=lambda replicated, split: (to_host(replicated), _map_arrays(whole, split)),
+        place_constant=lambda constant: _put(constant, mesh, everywhere),
     )
+
+
+def _put(tree: PyTree, mesh: Mesh, spec: PartitionSpec) -> PyTree:
+    """Host arrays on the devices of a mesh.
+
+    New buffers, laid out as the step returns them: the step donates its inputs, and inputs of
+    another layout would compile it a second time.
+    """
+    sharding = NamedSharding(mesh, spec)
+
+    def put(leaf):
+        value = np.asarray(leaf)
+        return jax.make_array_from_callback(
+            value.shape, sharding, lambda index: value[index].copy()
+        )
+
+    return _map_arrays(put, tree)
 
 
 def spread(
@@ -197,15 +200,11 @@ def to_host(tree: PyTree) -> PyTree:
     """Replicated arrays as NumPy arrays of this process; keys stay keys."""
 
     def leaf_to_host(leaf):
-        if _is_key(leaf):
-            return jax.random.wrap_key_data(
-                leaf_to_host(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf)
-            )
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             leaf = leaf.addressable_data(0)
         return np.asarray(leaf)
 
-    return jax.tree.map(leaf_to_host, tree)
+    return _map_arrays(leaf_to_host, tree)
 
 
 def _is_key(leaf: Any) -> bool:
@@ -222,9 +221,3 @@ def _map_arrays(fn, tree: PyTree) -> PyTree:
         return fn(leaf)
 
     return jax.tree.map(apply, tree)
-
-
-def _copy(leaf):
-    if _is_key(leaf):
-        return jax.random.clone(leaf)
-    return jnp.array(leaf, copy=True)

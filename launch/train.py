@@ -18,8 +18,10 @@ import dataclasses
 import os
 import re
 import signal
+import socket
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +53,8 @@ __all__ = ["main"]
 
 T = TypeVar("T")
 
+_CONNECT_SECONDS = 300.0  # as long as JAX waits for the other processes
+
 FLAGS = flags.FlagValues()
 command.define_config(FLAGS)
 flags.DEFINE_string("workdir", None, "Run directory, made if missing.", flag_values=FLAGS)
@@ -81,6 +85,8 @@ def _use_devices(flag_values: flags.FlagValues) -> None:
             raise UserError(f"num_processes is {count}, which needs --coordinator_address.")
         if not re.fullmatch(r".+:\d+", address):
             raise UserError(f"coordinator_address is {address!r}; it must be host:port.")
+        if index > 0:
+            _wait_for_coordinator(address)
         try:
             jax.distributed.initialize(address, count, index)
         except RuntimeError as error:
@@ -95,6 +101,27 @@ def _use_devices(flag_values: flags.FlagValues) -> None:
         # Too late where JAX has started already (in a notebook); it then keeps its devices.
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", cores or 1)
+
+
+def _wait_for_coordinator(address: str) -> None:
+    """Returns when process 0 listens; JAX would end this process with a core dump if it never did.
+
+    Raises:
+      UserError: if it does not within ``_CONNECT_SECONDS``.
+    """
+    host, port = address.rsplit(":", 1)
+    end = time.monotonic() + _CONNECT_SECONDS
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except (OSError, OverflowError) as error:
+            if time.monotonic() > end:
+                raise UserError(
+                    f"coordinator_address is {address!r}; process 0 does not answer ({error})."
+                ) from None
+            time.sleep(0.2)
+        else:
+            return
 
 
 def _barrier(name: str) -> None:

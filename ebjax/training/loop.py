@@ -152,17 +152,17 @@ def train(
             checkpointer.save(end, state, judgement)
         return metrics | judgement
 
-    stopping, unread = False, None
+    num_calls, stopping, unread = 0, False, None
     while step < config.num_steps and not stopping:
         end = _next_end(config, step)
         num_updates = program.place_constant(jnp.asarray(end - step, jnp.int32))
         replicated, split, device_metrics = program.step(replicated, split, (arrays, num_updates))
-        step = end
+        step, num_calls = end, num_calls + 1
         # The devices work on this call while the host reads the one before.
         if unread is not None:
             report(unread[0], fetch(unread[1]))
         unread = (step, device_metrics)
-        stopping = _all_agree_to_stop(should_stop(), step)
+        stopping = _all_agree_to_stop(should_stop(), num_calls)
         if stopping or _is_save(config, step):
             # What is saved must be good, so here the host waits.
             metrics, unread = fetch(device_metrics), None
@@ -188,11 +188,14 @@ def _next_end(config: TrainingConfig, step: int) -> int:
     return min(config.num_steps, *(step - step % period + period for period in periods))
 
 
-def _all_agree_to_stop(wants_to_stop: bool, step: int) -> bool:
-    """Several processes stop together, at the step that their scheduler's signal asks for."""
+def _all_agree_to_stop(wants_to_stop: bool, num_calls: int) -> bool:
+    """Several processes stop together, after the call that JAX chooses when one gets SIGTERM.
+
+    It chooses the next number after those that it has seen, so calls are counted one by one.
+    """
     if jax.process_count() == 1:
         return wants_to_stop
-    return multihost_utils.reached_preemption_sync_point(step)
+    return multihost_utils.reached_preemption_sync_point(num_calls)
 
 
 class _Clock:

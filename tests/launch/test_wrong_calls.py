@@ -81,6 +81,13 @@ def test_train_refuses(refuse, tmp_path, args, words):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("address", ["localhost:1", "localhost:99999", "no.such.host.invalid:80"])
+def test_a_coordinator_that_does_not_answer_is_named(refuse, tmp_path, monkeypatch, address):
+    monkeypatch.setattr(train, "_CONNECT_SECONDS", 0.3)
+    pair = [f"--coordinator_address={address}", "--num_processes=2", "--process_id=1"]
+    assert f"'{address}'" in refuse("train", *TINY, *pair, f"--workdir={tmp_path / 'run'}")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

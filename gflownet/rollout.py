@@ -143,22 +143,27 @@ def _roll(keys, environment: Environment, start, transition, *, extra_step: bool
     for size, next_size in zip(sizes, [*sizes[1:], 0], strict=True):
         # The lanes that go on come first; the others wait outside of the loop.
         order = jnp.argsort(~lanes.goes_on, stable=True)
-        lanes = jax.tree.map(lambda leaf, order=order: leaf[order], lanes)
-        step_keys, buffers = jax.tree.map(
-            lambda leaf, order=order: leaf[:, order], (step_keys, buffers)
+        lanes = _take(lanes, order, axis=0)
+        step_keys, buffers = _take((step_keys, buffers), order, axis=1)
+        working, waiting = (
+            _take(lanes, slice(size), axis=0),
+            _take(lanes, slice(size, None), axis=0),
         )
-        working = jax.tree.map(lambda leaf, size=size: leaf[:size], lanes)
+
+        def has_work(loop, next_size=next_size):
+            t, lanes, _, _ = loop
+            return (lanes.goes_on.sum() > next_size) & (t < rows)
+
         t, working, step_keys, buffers = jax.lax.while_loop(
-            lambda loop, enough=next_size: (loop[1].goes_on.sum() > enough) & (loop[0] < rows),
-            body,
-            (t, working, step_keys, buffers),
+            has_work, body, (t, working, step_keys, buffers)
         )
-        lanes = jax.tree.map(
-            lambda all_, part, size=size: jnp.concatenate([part, all_[size:]]), lanes, working
-        )
+        lanes = jax.tree.map(lambda *parts: jnp.concatenate(parts), working, waiting)
     back = jnp.argsort(lanes.trajectory)
-    final = jax.tree.map(lambda leaf: leaf[back], lanes.state)
-    return final, jax.tree.map(lambda leaf: leaf[:, back], buffers)
+    return _take(lanes.state, back, axis=0), _take(buffers, back, axis=1)
+
+
+def _take(tree: PyTree, index, *, axis: int) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[(slice(None),) * axis + (index,)], tree)
 
 
 def _lane_counts(batch_size: int) -> list[int]:

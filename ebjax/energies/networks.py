@@ -7,6 +7,7 @@ piecewise constant.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -30,7 +31,7 @@ def _init_module(key, x, *context, module: nn.Module):
 
 
 def _apply_module(params, x, *context, module: nn.Module):
-    out = module.apply({"params": params}, x, *context)
+    out: Any = module.apply({"params": params}, x, *context)
     if jnp.size(out) != 1:
         raise ValueError(
             f"{type(module).__name__} returned shape {jnp.shape(out)} for one example; "

@@ -55,7 +55,7 @@ class Suite(NamedTuple):
 
 def _langevin() -> Suite:
     means = np.random.default_rng(0).uniform(-40.0, 40.0, (40, 2)).round(3).tolist()
-    rows = (
+    rows: tuple[tuple[str, str, str, dict[str, Any], int], ...] = (
         ("ebjax", "own", "sampler", {}, 1),
         ("ebjax-2-devices", "own", "sampler", {"num_devices": 2}, 2),
         ("minimal-jax", "sampler_peers", "minimal_langevin", {}, 1),
@@ -138,7 +138,7 @@ def _gflownet_hypergrid() -> Suite:
 
 def _pcd_step() -> Suite:
     shared = {"step_size": 0.01, "noise_scale": 1.0, "seed": 0}
-    rows = (
+    rows: tuple[tuple[str, str, str, dict[str, Any], int, int], ...] = (
         ("ebjax", "own", "pcd", {}, 80, 1),
         ("ebjax-2-devices", "own", "pcd", {"num_devices": 2}, 80, 2),
         ("minimal-jax", "energy_peers", "minimal_pcd", {}, 80, 1),

@@ -28,7 +28,7 @@ def test_equal_options_are_equal_and_hash_equal():
 @pytest.mark.parametrize(
     "other",
     [bind(scaled, scale=3.0), bind(scaled, 2.0), bind(max, scale=2.0), scaled, None],
-    ids=str,
+    ids=["option", "argument", "function", "unbound", "none"],
 )
 def test_different_ones_differ(other):
     assert bind(scaled, scale=2.0) != other

@@ -24,7 +24,7 @@ def _duration(seconds: float) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.4g}"
+    return f"{value:.3g}"
 
 
 class _Bar(Progress):

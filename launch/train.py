@@ -292,6 +292,7 @@ def _train(
             initial=state,
             on_log=on_log,
             on_call=progress.on_call,
+            on_compile=lambda seconds: console.print(f"compiled in {seconds:.1f} s"),
             should_stop=stop_signal,
         )
     except NonFiniteError as error:

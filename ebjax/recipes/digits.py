@@ -205,7 +205,7 @@ def build(config: DigitsConfig) -> Run:
         figures=figures,
         monitor=monitor,
         monitor_name="frechet_pixel",
-        progress=("loss", "energy_data", "energy_samples", "sampler_gradient_norm"),
+        progress=("loss", "energy_data", "energy_samples", "gradient_norm"),
     )
 
 

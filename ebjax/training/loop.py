@@ -90,6 +90,7 @@ def train(
     initial: TrainState | None = None,
     on_log: Callable[[int, dict[str, float], float], None] | None = None,
     on_call: Callable[[int, dict[str, float]], None] | None = None,
+    on_compile: Callable[[float], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainResult:
     """Trains until ``config.num_steps``, a stop, or a loss that is not finite.
@@ -103,6 +104,8 @@ def train(
         updates a second since the last log point. A log point is every ``log_every`` steps, every
         checkpoint and the end.
       on_call: called after every call with the step and its metrics, for progress display.
+      on_compile: called once, with the seconds until the first call was on its way: tracing and
+        compiling.
       should_stop: asked between calls; ``True`` saves the state and returns.
 
     Returns:
@@ -156,7 +159,10 @@ def train(
     while step < config.num_steps and not stopping:
         end = _next_end(config, step)
         num_updates = program.place_constant(jnp.asarray(end - step, jnp.int32))
+        started = time.perf_counter()
         replicated, split, device_metrics = program.step(replicated, split, (arrays, num_updates))
+        if num_calls == 0 and on_compile is not None:
+            on_compile(time.perf_counter() - started)
         step, num_calls = end, num_calls + 1
         # The devices work on this call while the host reads the one before.
         if unread is not None:

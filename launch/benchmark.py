@@ -35,7 +35,7 @@ __all__ = ["main", "run_suite"]
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("suite", None, f"Which suite: {', '.join(SUITES)}.", flag_values=FLAGS)
 flags.DEFINE_string("json", None, "File to write all figures to as well.", flag_values=FLAGS)
-flags.DEFINE_integer("rounds", 7, "How many times each variant runs.", flag_values=FLAGS)
+flags.DEFINE_integer("rounds", 9, "How many times each variant runs.", flag_values=FLAGS)
 flags.DEFINE_string(
     "only",
     None,

@@ -36,7 +36,8 @@ class LangevinInfo(NamedTuple):
     Attributes:
       energy: [] energy before the step.
       gradient_norm: [] norm of the energy's gradient before the step, before clipping.
-      is_finite: [] bool, whether the energy and the new position are finite.
+      is_finite: [] bool, whether the energy and its gradient before the step are finite; if they
+        are not, neither is any later position.
     """
 
     energy: jax.Array
@@ -122,6 +123,6 @@ def _step(
     info = LangevinInfo(
         energy=energy,
         gradient_norm=optax.tree.norm(gradient),
-        is_finite=all_finite((energy, position)),
+        is_finite=all_finite((energy, gradient)),
     )
     return LangevinState(position), info

@@ -1,7 +1,5 @@
 """``bind``: functions with options, equal where the options are."""
 
-import pickle
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -46,10 +44,6 @@ def test_arrays_fall_back_to_identity():
     assert first == first
     assert first != second
     assert isinstance(hash(first), int)
-
-
-def test_a_bound_function_survives_pickling():
-    assert pickle.loads(pickle.dumps(bind(scaled, scale=2.0))) == bind(scaled, scale=2.0)
 
 
 def test_equal_functions_share_one_program():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -10,6 +12,7 @@ from ebjax.types import PyTree
 __all__ = [
     "all_finite",
     "example_keys",
+    "is_key",
     "masked_log_softmax",
     "random_normal_like",
     "shuffled_index",
@@ -57,6 +60,11 @@ def example_keys(key: jax.Array, step: jax.Array, index: jax.Array) -> jax.Array
       [B] keys.
     """
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), index)
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf of a tree is an array of typed random keys."""
+    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def random_normal_like(key: jax.Array, tree: PyTree) -> PyTree:

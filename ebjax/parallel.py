@@ -16,13 +16,14 @@ Two backends give the same numbers:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ebjax.numerics import is_key
 from ebjax.types import PyTree
 
 __all__ = ["BACKENDS", "DataParallel", "data_parallel", "spread", "to_host"]
@@ -207,15 +208,11 @@ def to_host(tree: PyTree) -> PyTree:
     return _map_arrays(leaf_to_host, tree)
 
 
-def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def _map_arrays(fn, tree: PyTree) -> PyTree:
     """Maps over arrays, and over the data of keys."""
 
     def apply(leaf):
-        if _is_key(leaf):
+        if is_key(leaf):
             impl = jax.random.key_impl(leaf)
             return jax.random.wrap_key_data(fn(jax.random.key_data(leaf)), impl=impl)
         return fn(leaf)

@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
+from ebjax.numerics import is_key
 from ebjax.types import PyTree
 
 __all__ = ["Checkpointer", "library_versions"]
@@ -246,19 +247,15 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def _without_keys(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: np.asarray(jax.random.key_data(x)) if _is_key(x) else x, tree)
+    return jax.tree.map(lambda x: np.asarray(jax.random.key_data(x)) if is_key(x) else x, tree)
 
 
 def _with_keys(tree: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(
         lambda x, template: (
             jax.random.wrap_key_data(x, impl=jax.random.key_impl(template))
-            if _is_key(template)
+            if is_key(template)
             else x
         ),
         tree,

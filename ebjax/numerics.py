@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.extend.random import threefry_2x32
 
 from ebjax.types import PyTree
 
@@ -14,7 +17,10 @@ __all__ = [
     "example_keys",
     "is_key",
     "masked_log_softmax",
+    "neighbouring_keys",
+    "random_normal_and_uniform",
     "random_normal_like",
+    "random_words",
     "shuffled_index",
 ]
 
@@ -62,23 +68,103 @@ def example_keys(key: jax.Array, step: jax.Array, index: jax.Array) -> jax.Array
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), index)
 
 
+def neighbouring_keys(key: jax.Array, index: jax.Array) -> jax.Array:
+    """One key for each index, the index added to a word of ``key``: a key a chain without hashing.
+
+    Threefry is built for regular keys: streams under neighbouring ones are independent. Two calls
+    overlap where their keys do, so ``key`` must itself be the output of ``split`` or ``fold_in``.
+    Other generators fold the index in.
+
+    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+
+    Args:
+      key: [] key.
+      index: [C] integer.
+
+    Returns:
+      [C] keys.
+    """
+    if str(jax.random.key_impl(key)) != "threefry2x32":
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+    first, second = jax.random.key_data(key)
+    second = second + index.astype(jnp.uint32)
+    words = jnp.stack([jnp.broadcast_to(first, second.shape), second], axis=-1)
+    return jax.random.wrap_key_data(words, impl="threefry2x32")
+
+
 def is_key(leaf: Any) -> bool:
     """Whether a leaf of a tree is an array of typed random keys."""
     return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
+def random_words(key: jax.Array, num: int) -> jax.Array:
+    """[num] uint32, independent and uniform.
+
+    With threefry keys both words of every block are used, which ``jax.random.bits`` leaves to the
+    64-bit draws: half the work, and on few dimensions the noise is much of a sampler's step.
+    """
+    if str(jax.random.key_impl(key)) == "threefry2x32":
+        return threefry_2x32(jax.random.key_data(key), jnp.arange(num, dtype=jnp.uint32))
+    return jax.random.bits(key, (num,), jnp.uint32)
+
+
+def _open_unit(words: jax.Array, dtype: Any) -> jax.Array:
+    """Uniform on (0, 1), never an end; ``words`` [..., 1 or 2] are the bits of one number each."""
+    if dtype == jnp.float64:
+        # 52 bits, so that the half is exact: 32 high and 20 low ones.
+        high, low = words[..., 0].astype(dtype), (words[..., 1] >> 12).astype(dtype)
+        return (high * 2.0**20 + low + 0.5) * 2.0**-52
+    return ((words[..., 0] >> 9).astype(jnp.float32) + 0.5) * np.float32(2.0**-23)
+
+
+def random_normal_and_uniform(
+    key: jax.Array, tree: PyTree, num_uniform: int = 1
+) -> tuple[PyTree, jax.Array]:
+    """Standard normal noise shaped as ``tree``, and uniforms on (0, 1), from one key in one draw.
+
+    Args:
+      key: [] key, consumed.
+      tree: a pytree of real floating arrays; the noise has its shapes and dtypes.
+      num_uniform: how many uniforms.
+
+    Returns:
+      ``(noise, uniform)``: a tree as ``tree``, and [num_uniform] in the widest dtype of the tree.
+
+    Raises:
+      TypeError: if a leaf is not real and floating.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    dtypes = [jnp.result_type(leaf) for leaf in leaves]
+    for dtype in dtypes:
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"a position has the dtype {dtype}; Gaussian noise needs real floating positions."
+            )
+    uniform_dtype = jnp.result_type(*dtypes) if dtypes else jnp.float32
+    draws = [*((jnp.shape(leaf), dtype) for leaf, dtype in zip(leaves, dtypes, strict=True))]
+    draws.append(((num_uniform,), uniform_dtype))
+    widths = [2 if dtype == jnp.float64 else 1 for _, dtype in draws]
+    sizes = [math.prod(shape) * width for (shape, _), width in zip(draws, widths, strict=True)]
+    words = random_words(key, sum(sizes))
+    parts, first = [], 0
+    for (shape, dtype), width, size in zip(draws, widths, sizes, strict=True):
+        parts.append(_open_unit(words[first : first + size].reshape(*shape, width), dtype))
+        first += size
+    # 2u - 1 is exact and symmetric about zero.
+    noise = [
+        (math.sqrt(2.0) * jax.lax.erf_inv(2.0 * part - 1.0)).astype(dtype)
+        for part, dtype in zip(parts[:-1], dtypes, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, noise), parts[-1].astype(uniform_dtype)
+
+
 def random_normal_like(key: jax.Array, tree: PyTree) -> PyTree:
     """Standard normal noise with the structure, shapes and dtypes of ``tree``.
 
-    A tree of one leaf uses ``key`` itself; more leaves get one key each.
+    Raises:
+      TypeError: if a leaf is not real and floating.
     """
-    leaves, treedef = jax.tree.flatten(tree)
-    keys = [key] if len(leaves) == 1 else list(jax.random.split(key, len(leaves)))
-    noise = [
-        jax.random.normal(k, jnp.shape(leaf), jnp.result_type(leaf))
-        for k, leaf in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, noise)
+    return random_normal_and_uniform(key, tree, 0)[0]
 
 
 def all_finite(tree: PyTree) -> jax.Array:

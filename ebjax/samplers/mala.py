@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ebjax.numerics import all_finite, random_normal_like
+from ebjax.numerics import all_finite, random_normal_and_uniform
 from ebjax.types import EnergyFn, Kernel, Params, Position, bind
 
 __all__ = ["MALAInfo", "MALAState", "mala"]
@@ -106,9 +106,8 @@ def _step(
     step_size,
     temperature,
 ) -> tuple[MALAState, MALAInfo]:
-    noise_key, accept_key = jax.random.split(key)
     scale = jnp.sqrt(2.0 * step_size * temperature)
-    noise = random_normal_like(noise_key, state.position)
+    noise, uniform = random_normal_and_uniform(key, state.position)
     position = jax.tree.map(
         lambda x, g, xi: x + (scale * xi - step_size * g).astype(x.dtype),
         state.position,
@@ -124,8 +123,7 @@ def _step(
     )
     is_finite = all_finite((proposal.energy, proposal.gradient)) & ~jnp.isnan(log_acceptance)
     log_acceptance = jnp.where(is_finite, jnp.minimum(log_acceptance, 0.0), -jnp.inf)
-    uniform = jax.random.uniform(accept_key, dtype=log_acceptance.dtype)
-    is_accepted = jnp.log(uniform) < log_acceptance
+    is_accepted = jnp.log(uniform[0]) < log_acceptance
     new = jax.tree.map(lambda a, b: jnp.where(is_accepted, a, b), proposal, state)
     info = MALAInfo(
         energy=new.energy,

@@ -1,6 +1,6 @@
 """Runs chains: many at a time, scanned, thinned, compiled once, over one device or several.
 
-    chain c, step t:  key = fold_in(fold_in(key, c), t)
+    chain c, step t:  key = fold_in(key, t) with c added to its last word
 
 A chain's numbers depend on its index and not on how many others run, nor on what device.
 """
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ebjax.numerics import neighbouring_keys
 from ebjax.parallel import spread
 from ebjax.types import EnergyFn, Kernel, Params, Position
 
@@ -184,11 +185,10 @@ def _sample(
     def run(replicated, split):
         params, key = replicated
         index, positions = split
-        chain_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
         state = init(params, positions)
 
         def advance(state, t):
-            keys = jax.vmap(jax.random.fold_in, (0, None))(chain_keys, t)
+            keys = neighbouring_keys(jax.random.fold_in(key, t), index)
             return step(keys, params, state)
 
         def keep(state, first):

@@ -3,6 +3,7 @@
 All keep the final state only.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ebjax.energies import targets
 from launch.benchmarks.energy_peers import torchebm_model
 from launch.benchmarks.workload import Workload, compile_ahead, import_peer
 
@@ -157,16 +159,18 @@ def minimal_langevin(
     num_steps: int,
     step_size: float,
     seed: int,
+    own_energy: bool = True,
 ) -> Workload:
     """Unadjusted Langevin chains as a minimal JAX script: the baseline that a library must match.
 
     One jitted `scan` over positions [C, d]; one key and one `jax.random.normal` for the whole batch
-    at each step; nothing is kept but the final positions. Arguments as in `torchebm_langevin`.
+    at each step; nothing is kept but the final positions. Arguments as in `torchebm_langevin`;
+    `own_energy` takes the mixture of this library, and otherwise the formula as one writes it.
 
     Returns:
         A workload that reports `mean_energy`.
     """
-    energy = _mixture_energy(means, standard_deviation)
+    energy = (_mixture_energy if own_energy else _formula_energy)(means, standard_deviation)
     gradient_fn = jax.vmap(jax.grad(energy))
     noise_standard_deviation = math.sqrt(2 * step_size)
 
@@ -199,7 +203,17 @@ def minimal_langevin(
 def _mixture_energy(
     means: np.ndarray, standard_deviation: float
 ) -> Callable[[jax.Array], jax.Array]:
-    """The energy [d] -> [] of an equally weighted Gaussian mixture, up to a constant."""
+    """The energy [d] -> [] of an equally weighted Gaussian mixture: that of this library.
+
+    All JAX variants but one take it, so that the figures compare samplers and not energies.
+    """
+    return functools.partial(targets.gaussian_mixture(means, standard_deviation).energy, ())
+
+
+def _formula_energy(
+    means: np.ndarray, standard_deviation: float
+) -> Callable[[jax.Array], jax.Array]:
+    """The same law up to a constant, written as its formula is: a sum over the last axis."""
     centres = jnp.asarray(means, jnp.float32)  # [M, d]
     precision = 1 / standard_deviation**2
 

@@ -13,10 +13,12 @@ import pytest
 import scipy.special
 import scipy.stats
 
+from ebjax import numerics
 from ebjax.numerics import (
     all_finite,
     example_keys,
     masked_log_softmax,
+    random_normal_and_uniform,
     random_normal_like,
     shuffled_index,
 )
@@ -177,12 +179,41 @@ def test_random_normal_like_gives_each_leaf_its_own_noise():
     assert np.all(noise["a"] != noise["b"])
 
 
-def test_random_normal_like_is_standard_normal():
-    num = 20_000
-    noise = random_normal_like(jax.random.key(0), {"a": jnp.ones(num), "b": jnp.ones(num)})
+@pytest.mark.parametrize("implementation", ["threefry2x32", "rbg"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_noise_has_its_law(x64, implementation, dtype):
+    num = 20_001
+    key = jax.random.key(0, impl=implementation)
+    tree = {"a": jnp.ones(num, dtype), "b": jnp.ones((1, num), "float32")}
+    noise, uniform = random_normal_and_uniform(key, tree, num)
+    assert uniform.min() > 0.0
+    assert uniform.max() < 1.0
     for leaf in jax.tree.leaves(noise):
-        assert abs(leaf.mean()) * math.sqrt(num) < 5.0
-        assert abs(jnp.square(leaf).mean() - 1.0) * math.sqrt(num / 2.0) < 5.0
+        statistic = scipy.stats.kstest(np.asarray(leaf, float).ravel(), "norm").statistic
+        assert statistic * math.sqrt(num) < 2.2  # exceeded with probability 1e-4
+    assert scipy.stats.kstest(np.asarray(uniform, float), "uniform").statistic < 2.2 / num**0.5
+    columns = np.stack([np.asarray(v, float).ravel() for v in (noise["a"], noise["b"], uniform)])
+    apart = np.corrcoef(columns)[np.triu_indices(3, 1)]
+    # Neighbours, and the two words of one block, which lie half the draw apart.
+    shifted = [np.corrcoef(columns[0][k:], columns[0][:-k])[0, 1] for k in (1, 2, num // 2)]
+    assert np.abs([*apart, *shifted]).max() * math.sqrt(num // 2) < 5.0
+
+
+def test_extreme_words_give_finite_noise(monkeypatch, x64):
+    for word in (0, 2**32 - 1):
+        monkeypatch.setattr(
+            numerics, "random_words", lambda key, num, w=word: jnp.full(num, w, jnp.uint32)
+        )
+        tree = {"single": jnp.zeros(2, "float32"), "double": jnp.zeros(2)}
+        noise, uniform = random_normal_and_uniform(jax.random.key(0), tree)
+        assert all(np.all(np.abs(leaf) > 5.0) for leaf in jax.tree.leaves(noise))
+        assert all_finite(noise)
+        assert 0.0 < uniform[0] < 1.0
+
+
+def test_noise_for_what_is_not_real_is_refused():
+    with pytest.raises(TypeError, match="int32"):
+        random_normal_like(jax.random.key(0), jnp.arange(3))
 
 
 @pytest.mark.parametrize("bad", [jnp.inf, -jnp.inf, jnp.nan])

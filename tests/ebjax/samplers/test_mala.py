@@ -38,7 +38,8 @@ def balance_error(monkeypatch, *, temperature=TEMPERATURE, num_pairs=200):
         state = kernel.init(asymmetric_energy, params, x)
         mean = x - STEP_SIZE * jax.grad(asymmetric_energy, 1)(params, x)
         with monkeypatch.context() as patch:
-            patch.setattr(mala_module, "random_normal_like", lambda key, tree: (y - mean) / scale)
+            draw = ((y - mean) / scale, jnp.array([0.5]))
+            patch.setattr(mala_module, "random_normal_and_uniform", lambda key, tree: draw)
             _, info = kernel.step(jax.random.key(0), asymmetric_energy, params, state)
         log_a = jnp.log(info.acceptance_rate)
         log_pi = -asymmetric_energy(params, x) / temperature

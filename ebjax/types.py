@@ -14,10 +14,11 @@ shape of one example (for a pytree, of each of its leaves).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 import optax
 
 PyTree = Any
@@ -41,6 +42,8 @@ __all__ = [
     "Target",
     "TrainState",
     "bind",
+    "join_arrays",
+    "split_arrays",
 ]
 
 
@@ -100,10 +103,14 @@ class Kernel(NamedTuple):
       init: ``(energy_fn, params, position) -> state``. Every state has a field ``position``.
       step: ``(key, energy_fn, params, state) -> (state, info)``. ``info`` is a tuple of arrays
         for diagnosis; every info has the field ``is_finite``.
+      num_evaluations: evaluations of the energy in one step, an evaluation with its gradient
+        counting once; ``None`` where steps differ, and then the info has the field
+        ``num_evaluations`` [] int32.
     """
 
     init: Callable[[EnergyFn, Params, Position], Any]
     step: Callable[[jax.Array, EnergyFn, Params, Any], tuple[Any, Any]]
+    num_evaluations: int | None = 1
 
 
 class Objective(NamedTuple):
@@ -210,7 +217,8 @@ class bind(functools.partial):  # noqa: N801  (a function to its callers)
 
     Compiled functions are cached by their static arguments. Kernels made by ``bind`` from equal
     options are equal, so making the same kernel twice does not compile twice. Options that cannot
-    be hashed (arrays) fall back to identity.
+    be hashed (arrays) fall back to identity; as a pytree its leaves are its options, so that
+    ``split_arrays`` can hand them to a compiled function as arguments.
 
     >>> bind(max, default=1) == bind(max, default=1)
     True
@@ -231,3 +239,47 @@ class bind(functools.partial):  # noqa: N801  (a function to its callers)
 
     def __hash__(self) -> int:
         return hash(self._token())
+
+
+def _bind_flatten(bound: bind):
+    names = tuple(sorted(bound.keywords))
+    return tuple(bound.keywords[name] for name in names), (bound.func, bound.args, names)
+
+
+def _bind_unflatten(structure, options):
+    function, args, names = structure
+    return bind(function, *args, **dict(zip(names, options, strict=True)))
+
+
+jax.tree_util.register_pytree_node(bind, _bind_flatten, _bind_unflatten)
+
+
+def split_arrays(tree: PyTree) -> tuple[list[Any], Any]:
+    """Takes a pytree of arrays and other things apart, so that it can pass through ``jax.jit``.
+
+    A kernel with a tuned step size is such a tree: the arrays may change without compiling again.
+
+    Returns:
+      ``(arrays, rest)``: a list, and what ``join_arrays`` needs to put them back, hashable.
+
+    >>> arrays, rest = split_arrays(bind(max, key=abs, default=np.ones(2)))
+    >>> [array.shape for array in arrays]
+    [(2,)]
+    >>> join_arrays([3.0], rest).keywords == {"key": abs, "default": 3.0}
+    True
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    arrays = [leaf for leaf in leaves if isinstance(leaf, (jax.Array, np.ndarray))]
+    others = tuple(
+        None if isinstance(leaf, (jax.Array, np.ndarray)) else (leaf,) for leaf in leaves
+    )
+    return arrays, (structure, others)
+
+
+def join_arrays(arrays: Sequence[Any], rest: Any) -> PyTree:
+    """Puts together what ``split_arrays`` took apart."""
+    structure, others = rest
+    remaining = iter(arrays)
+    return jax.tree.unflatten(
+        structure, [next(remaining) if other is None else other[0] for other in others]
+    )

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from ebjax.numerics import all_finite, random_normal_like
+from ebjax.samplers.evaluate import value_and_gradient
 from ebjax.types import EnergyFn, Kernel, Params, Position, bind
 
 __all__ = ["LangevinInfo", "LangevinState", "langevin"]
@@ -79,7 +80,7 @@ def langevin(
     ((2,), 1.0)
     """
     return Kernel(
-        init=_init,
+        init=bind(_init),
         step=bind(
             _step,
             step_size=step_size,
@@ -108,7 +109,7 @@ def _step(
     gradient_clip,
     bounds,
 ) -> tuple[LangevinState, LangevinInfo]:
-    energy, gradient = jax.value_and_grad(energy_fn, argnums=1)(params, state.position)
+    energy, gradient, _ = value_and_gradient(energy_fn, params, state.position)
     drift = gradient
     if gradient_clip is not None:
         drift = jax.tree.map(lambda g: jnp.clip(g, -gradient_clip, gradient_clip), gradient)

@@ -12,13 +12,14 @@ approximations", Bernoulli 2 (1996).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from ebjax.numerics import all_finite, random_normal_and_uniform
+from ebjax.samplers.evaluate import value_and_gradient
 from ebjax.types import EnergyFn, Kernel, Params, Position, bind
 
 __all__ = ["MALAInfo", "MALAState", "mala"]
@@ -31,11 +32,13 @@ class MALAState(NamedTuple):
       position: the chain's point, any pytree of arrays.
       energy: [] E at the point.
       gradient: ∇E at the point, as ``position``.
+      parts: what the energy function wants kept (see ``ebjax.samplers.evaluate``).
     """
 
     position: Position
     energy: jax.Array
     gradient: Position
+    parts: Any = ()
 
 
 class MALAInfo(NamedTuple):
@@ -76,12 +79,11 @@ def mala(*, step_size: float | jax.Array, temperature: float | jax.Array = 1.0) 
     >>> bool(info.is_accepted)
     True
     """
-    return Kernel(init=_init, step=bind(_step, step_size=step_size, temperature=temperature))
+    return Kernel(init=bind(_init), step=bind(_step, step_size=step_size, temperature=temperature))
 
 
 def _init(energy_fn: EnergyFn, params: Params, position: Position) -> MALAState:
-    energy, gradient = jax.value_and_grad(energy_fn, argnums=1)(params, position)
-    return MALAState(position, energy, gradient)
+    return MALAState(position, *value_and_gradient(energy_fn, params, position))
 
 
 def log_proposal(

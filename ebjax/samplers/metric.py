@@ -1,0 +1,101 @@
+"""Euclidean metrics: the inverse mass matrix M⁻¹ of Hamiltonian and preconditioned samplers.
+
+    M⁻¹ = I, diag(v) or a dense matrix, over the position raveled to [D] (``jax.flatten_util``)
+    p = M^½ ξ,   velocity = M⁻¹ p,   kinetic energy = p' M⁻¹ p / 2,   ξ ~ N(0, I)
+
+M⁻¹ is best near the covariance of the law. ``factor`` holds a square root F of it, M⁻¹ = F F',
+made once and not at every step.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy.typing as npt
+from jax.flatten_util import ravel_pytree
+
+from ebjax.types import Position, PyTree
+
+__all__ = ["Metric", "kinetic_energy", "make_metric", "momentum", "scaled_noise", "velocity"]
+
+
+class Metric(NamedTuple):
+    """M⁻¹ and its root: both ``None`` (identity), [D] (diagonal) or [D, D] (dense, lower)."""
+
+    inverse_mass: jax.Array | None
+    factor: jax.Array | None
+
+
+def make_metric(inverse_mass: npt.ArrayLike | None) -> Metric:
+    """Builds the metric; may be traced.
+
+    Args:
+      inverse_mass: ``None`` for the identity, the diagonal [D], or a positive definite [D, D].
+
+    Raises:
+      ValueError: if it is no vector and no square matrix.
+    """
+    if inverse_mass is None:
+        return Metric(None, None)
+    inverse_mass = jnp.asarray(inverse_mass)
+    if inverse_mass.ndim == 1:
+        return Metric(inverse_mass, jnp.sqrt(inverse_mass))
+    if inverse_mass.ndim == 2 and inverse_mass.shape[0] == inverse_mass.shape[1]:
+        return Metric(inverse_mass, jnp.linalg.cholesky(inverse_mass))
+    raise ValueError(
+        f"inverse_mass has shape {inverse_mass.shape}; it must be a diagonal [D] or a matrix "
+        "[D, D], with D the number of components of the position."
+    )
+
+
+def _on_flat(function, tree: PyTree) -> PyTree:
+    flat, unravel = ravel_pytree(tree)
+    return unravel(function(flat).astype(flat.dtype))
+
+
+def _check(metric: Metric, tree: PyTree) -> None:
+    size = sum(jnp.size(leaf) for leaf in jax.tree.leaves(tree))
+    if metric.inverse_mass is not None and metric.inverse_mass.shape[0] != size:
+        raise ValueError(
+            f"inverse_mass has shape {metric.inverse_mass.shape}, but the position has {size} "
+            "components."
+        )
+
+
+def velocity(metric: Metric, vector: Position) -> Position:
+    """``M⁻¹ p``, for a momentum or a gradient as ``vector``."""
+    _check(metric, vector)
+    if metric.inverse_mass is None:
+        return vector
+    if metric.inverse_mass.ndim == 1:
+        return _on_flat(lambda p: metric.inverse_mass * p, vector)
+    return _on_flat(lambda p: metric.inverse_mass @ p, vector)
+
+
+def momentum(metric: Metric, noise: Position) -> Position:
+    """``M^½ ξ``: a momentum ~ N(0, M) from standard normal ``noise``."""
+    _check(metric, noise)
+    if metric.factor is None:
+        return noise
+    if metric.factor.ndim == 1:
+        return _on_flat(lambda xi: xi / metric.factor, noise)
+    solve = jax.scipy.linalg.solve_triangular
+    return _on_flat(lambda xi: solve(metric.factor, xi, trans="T", lower=True), noise)
+
+
+def scaled_noise(metric: Metric, noise: Position) -> Position:
+    """``F ξ`` ~ N(0, M⁻¹): a displacement from standard normal ``noise``."""
+    _check(metric, noise)
+    if metric.factor is None:
+        return noise
+    if metric.factor.ndim == 1:
+        return _on_flat(lambda xi: metric.factor * xi, noise)
+    return _on_flat(lambda xi: metric.factor @ xi, noise)
+
+
+def kinetic_energy(metric: Metric, vector: Position) -> jax.Array:
+    """[] ``p' M⁻¹ p / 2``."""
+    products = jax.tree.map(lambda p, v: jnp.sum(p * v), vector, velocity(metric, vector))
+    return 0.5 * sum(jax.tree.leaves(products))

@@ -162,14 +162,15 @@ def _put(tree: PyTree, mesh: Mesh, spec: PartitionSpec) -> PyTree:
 
 
 def spread(
-    fn: Callable[[PyTree, PyTree], PyTree], num_devices: int, *, split_axis_out: int = 0
+    fn: Callable[[PyTree, PyTree], PyTree], num_devices: int, *, split_axis_out: PyTree = 0
 ) -> Callable[[PyTree, PyTree], PyTree]:
     """Runs ``fn(replicated, split) -> split`` on several local devices, without collectives.
 
     Args:
       fn: the work of one device. ``split`` has leading axes that ``num_devices`` divides.
       num_devices: how many local devices; 1 calls ``fn`` as it is.
-      split_axis_out: where the split axis stands in the output.
+      split_axis_out: where the split axis stands in the output, an integer for all of it or a
+        prefix of its tree.
 
     Returns:
       A function with the global arrays in and out.
@@ -187,12 +188,13 @@ def spread(
             f'jax.config.update("jax_num_cpu_devices", {num_devices}) before any other use of JAX.'
         )
     mesh = Mesh(np.array(devices[:num_devices]), (AXIS_NAME,))
-    out_spec = PartitionSpec(*([None] * split_axis_out), AXIS_NAME)
     return jax.shard_map(
         fn,
         mesh=mesh,
         in_specs=(PartitionSpec(), PartitionSpec(AXIS_NAME)),
-        out_specs=out_spec,
+        out_specs=jax.tree.map(
+            lambda axis: PartitionSpec(*([None] * axis), AXIS_NAME), split_axis_out
+        ),
         check_vma=False,
     )
 

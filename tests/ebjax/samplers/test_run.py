@@ -2,14 +2,17 @@
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
+from ebjax.numerics import neighbouring_keys
 from ebjax.parallel import spread
 from ebjax.samplers import langevin, mala, run_chain, sample
+from ebjax.samplers.reducers import moments
 from ebjax.types import Kernel
 
 KEY = jax.random.key(0)
@@ -41,15 +44,23 @@ WALK = Kernel(lambda energy_fn, params, position: WalkState(position), _walk_ste
 WHOLE_START = jnp.arange(24.0).reshape(8, 3)
 
 
-def chain_by_hand(key, kernel, params, position, num_steps):
-    """All positions and infos of one chain, one call a step."""
+def chain_by_hand(step_key, kernel, params, position, num_steps):
+    """All positions and infos of one chain, one call a step; ``step_key`` gives the key of t."""
     step = jax.jit(lambda key, state: kernel.step(key, energy_fn, params, state))
     state, positions, infos = kernel.init(energy_fn, params, position), [], []
     for t in range(num_steps):
-        state, info = step(jax.random.fold_in(key, t), state)
+        state, info = step(step_key(t), state)
         positions.append(np.asarray(state.position))
         infos.append(info)
     return np.stack(positions), jax.tree.map(lambda *leaves: np.stack(leaves), *infos)
+
+
+def of_chain(c):
+    return lambda t: neighbouring_keys(jax.random.fold_in(KEY, t), jnp.int32(c))
+
+
+def of_step(t):
+    return jax.random.fold_in(KEY, t)
 
 
 @pytest.mark.parametrize(("thinning", "num_burn_in"), [(1, 0), (3, 0), (2, 5)])
@@ -58,9 +69,8 @@ def test_sample_is_the_plain_loop(thinning, num_burn_in):
     options = {"num_samples": 4, "thinning": thinning, "num_burn_in": num_burn_in}
     draws = sample(KEY, WALK, energy_fn, 2.0, WHOLE_START, **options)
     for c in (0, 5):
-        key = jax.random.fold_in(KEY, c)
         num_steps = num_burn_in + 4 * thinning
-        positions, info = chain_by_hand(key, WALK, 2.0, WHOLE_START[c], num_steps)
+        positions, info = chain_by_hand(of_chain(c), WALK, 2.0, WHOLE_START[c], num_steps)
         kept = positions[num_burn_in:][thinning - 1 :: thinning]
         np.testing.assert_array_equal(draws.positions[:, c], kept)
         np.testing.assert_array_equal(draws.state.position[c], positions[-1])
@@ -74,19 +84,19 @@ def test_sample_and_run_chain_are_the_plain_loop(kernel, x64):
     """With kernels that round, so to rounding."""
     start, c = START.astype(jnp.float64), 5
     draws = sample(KEY, kernel, energy_fn, 0.3, start, num_samples=3, thinning=2, num_burn_in=1)
-    key = jax.random.fold_in(KEY, c)
-    positions, info = chain_by_hand(key, kernel, 0.3, start[c], 7)
+    positions, info = chain_by_hand(of_chain(c), kernel, 0.3, start[c], 7)
     np.testing.assert_allclose(draws.positions[:, c], positions[2::2], rtol=1e-11)
     norms = info.gradient_norm[1:].reshape(3, 2).mean(1)
     np.testing.assert_allclose(draws.info.gradient_norm[:, c], norms, rtol=1e-11)
+    positions, info = chain_by_hand(of_step, kernel, 0.3, start[c], 7)
     state = kernel.init(energy_fn, 0.3, start[c])
-    state, mean_info = run_chain(key, kernel, energy_fn, 0.3, state, 7)
+    state, mean_info = run_chain(KEY, kernel, energy_fn, 0.3, state, 7)
     np.testing.assert_allclose(state.position, positions[-1], rtol=1e-11)
     np.testing.assert_allclose(mean_info.gradient_norm, info.gradient_norm.mean(), rtol=1e-11)
 
 
 def test_run_chain_is_the_plain_loop_to_the_bit():
-    positions, info = chain_by_hand(KEY, WALK, 2.0, WHOLE_START[3], 9)
+    positions, info = chain_by_hand(of_step, WALK, 2.0, WHOLE_START[3], 9)
     state, mean_info = run_chain(KEY, WALK, energy_fn, 2.0, WalkState(WHOLE_START[3]), 9)
     np.testing.assert_array_equal(state.position, positions[-1])
     np.testing.assert_allclose(mean_info.distance, info.distance.mean(), rtol=1e-6)
@@ -184,6 +194,7 @@ ERRORS = {
     "thinning": (START, {"thinning": -1}, "thinning is -1"),
     "num_burn_in": (START, {"num_burn_in": -2}, "num_burn_in is -2"),
     "num_devices": (START, {"num_devices": 0}, "num_devices is 0"),
+    "batch_size": (START, {"batch_size": 0}, "batch_size is 0"),
     "does not divide": (START, {"num_devices": 3}, "num_devices is 3; it must divide the 8"),
     "too many": (jnp.zeros((16, 2)), {"num_devices": 16}, "num_devices is 16"),
 }
@@ -268,3 +279,103 @@ def test_gradients_through_twenty_langevin_steps(x64):
         shift = jnp.zeros(3).at[i].set(eps)
         central = (end(params, position + shift) - end(params, position - shift)) / (2 * eps)
         np.testing.assert_allclose(by_position[i], central, rtol=1e-7)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 100])
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_the_batch_size_changes_nothing(batch_size, num_devices):
+    options = {"num_samples": 3, "thinning": 2, "num_burn_in": 1, "num_devices": num_devices}
+    whole = sample(KEY, WALK, energy_fn, 1.0, WHOLE_START, **options)
+    parts = sample(KEY, WALK, energy_fn, 1.0, WHOLE_START, **options, batch_size=batch_size)
+    chex.assert_trees_all_equal(whole, parts)
+
+
+def test_progress_is_told_and_changes_nothing():
+    reports = []
+
+    def on_progress(done, total, info):
+        reports.append((done, total, float(info.distance)))
+
+    options = {"thinning": 2, "num_burn_in": 1, "reducers": {"moments": moments()}}
+    silent = sample(KEY, WALK, energy_fn, 1.0, WHOLE_START, num_samples=50, **options)
+    options["on_progress"] = on_progress
+    told = sample(KEY, WALK, energy_fn, 1.0, WHOLE_START, num_samples=50, **options)
+    chex.assert_trees_all_close(silent, told, rtol=1e-6)
+    assert [done for done, _, _ in reports] == [*range(3, 49, 3), 50]
+    np.testing.assert_allclose(reports[0][2], silent.info.distance[:3].mean(), rtol=1e-6)
+    options["keep_positions"] = False
+    nothing = sample(KEY, WALK, energy_fn, 1.0, WHOLE_START, num_samples=50, **options)
+    np.testing.assert_allclose(nothing.info.distance, silent.info.distance.mean(0), rtol=1e-6)
+
+
+def test_memory_without_positions_does_not_grow():
+    def size(num_samples):
+        def call(key):
+            return sample(
+                key,
+                KERNEL,
+                energy_fn,
+                0.3,
+                START,
+                num_samples=num_samples,
+                keep_positions=False,
+                reducers={"moments": moments()},
+            )
+
+        analysis = jax.jit(call).lower(KEY).compile().memory_analysis()
+        return analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+
+    assert size(10_000) < size(10) + 10_000 * 4 * 2  # the steps' numbers, not positions
+
+
+def test_evaluations_are_counted():
+    num_calls = 0
+
+    def counted(params, x):
+        def count(_):
+            nonlocal num_calls
+            num_calls += 1
+
+        jax.debug.callback(count, x[0])
+        return energy_fn(params, x)
+
+    options = {"num_samples": 4, "thinning": 3, "num_burn_in": 2}
+    draws = sample(KEY, KERNEL, counted, 0.3, START[:1], **options)
+    jax.effects_barrier()
+    assert draws.num_evaluations.tolist() == [num_calls] == [1 + 2 + 12]
+
+
+class CountedInfo(NamedTuple):
+    is_finite: jax.Array
+    num_evaluations: jax.Array
+
+
+def test_evaluations_that_differ_from_step_to_step_are_summed():
+    def varying(key, energy_fn, params, state):
+        state, info = WALK.step(key, energy_fn, params, state)
+        return state, CountedInfo(info.is_finite, info.distance.astype(jnp.int32))
+
+    options = {"num_samples": 4, "thinning": 3, "num_burn_in": 2}
+    kernel = Kernel(WALK.init, varying, None)
+    draws = sample(KEY, kernel, energy_fn, 1.0, WHOLE_START, **options)
+    every_step = sample(KEY, WALK, energy_fn, 1.0, WHOLE_START, num_samples=14)
+    np.testing.assert_allclose(draws.num_evaluations, every_step.info.distance.sum(0))
+
+
+def test_arrays_in_options_do_not_trace_again():
+    num_traces = 0
+
+    def counted(params, x):
+        nonlocal num_traces
+        num_traces += 1
+        return energy_fn(params, x)
+
+    ends, traces = [], []
+    for step_size in (0.1, 0.2, 0.3):
+        kernel = mala(step_size=jnp.float32(step_size))
+        ends.append(sample(KEY, kernel, counted, 0.3, START, num_samples=2).positions)
+        traces.append(num_traces)
+    assert traces[0] == traces[2]
+    assert not np.array_equal(ends[0], ends[1])
+    fixed = sample(KEY, mala(step_size=0.3), energy_fn, 0.3, START, num_samples=2).positions
+    np.testing.assert_allclose(ends[2], fixed, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,169 @@
+"""Folds over the positions of a chain, for runs that are too long to keep.
+
+    mean_n = mean_{n-1} + (x_n - mean_{n-1}) / n
+    S_n = S_{n-1} + (x_n - mean_{n-1}) (x_n - mean_n)'        covariance = S_n / (n - 1)
+
+Each is a ``Reducer`` of one chain, passed to ``sample(..., reducers={"name": ...})``.
+
+Welford, "Note on a method for calculating corrected sums of squares and products", Technometrics
+1962; Chan, Golub and LeVeque, "Algorithms for computing the sample variance", 1983, for pooling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from ebjax.samplers.run import Reducer
+from ebjax.types import Position, PyTree, bind
+
+__all__ = ["StreamingMoments", "expectation", "fold", "histogram", "moments", "pool_moments"]
+
+
+class StreamingMoments(NamedTuple):
+    """First two moments of the positions, raveled to [D].
+
+    Attributes:
+      count: [] how many positions.
+      mean: [D].
+      covariance: [D] variances or [D, D], with the divisor count - 1; NaN for one position.
+    """
+
+    count: jax.Array
+    mean: jax.Array
+    covariance: jax.Array
+
+
+def moments(*, dense: bool = False) -> Reducer:
+    """Mean and variances (or, if ``dense``, the covariance matrix) of the position, raveled.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from ebjax.samplers import mala, sample
+    >>> draws = sample(jax.random.key(0), mala(step_size=0.5), lambda p, x: 0.5 * jnp.sum(x**2),
+    ...                (), jnp.zeros((100, 2)), num_samples=500, keep_positions=False,
+    ...                reducers={"moments": moments()})
+    >>> pooled = pool_moments(draws.reduced["moments"])
+    >>> int(pooled.count), bool(jnp.all(abs(pooled.covariance - 1.0) < 0.1))
+    (50000, True)
+    """
+    return Reducer(
+        init=bind(_no_moments, dense=dense),
+        update=bind(_add_to_moments, dense=dense),
+        result=bind(_covariance),
+    )
+
+
+def _no_moments(position: Position, *, dense: bool) -> StreamingMoments:
+    flat, _ = ravel_pytree(position)
+    zeros = jnp.zeros_like(flat)
+    squares = jnp.zeros((flat.size, flat.size), flat.dtype) if dense else zeros
+    return StreamingMoments(jnp.zeros((), flat.dtype), zeros, squares)
+
+
+def _add_to_moments(state: StreamingMoments, position: Position, *, dense: bool):
+    flat, _ = ravel_pytree(position)
+    count = state.count + 1
+    before = flat - state.mean
+    mean = state.mean + before / count
+    after = flat - mean
+    squares = before[:, None] * after if dense else before * after
+    return StreamingMoments(count, mean, state.covariance + squares)
+
+
+def _covariance(state: StreamingMoments) -> StreamingMoments:
+    return state._replace(covariance=state.covariance / (state.count - 1))
+
+
+def pool_moments(reduced: StreamingMoments) -> StreamingMoments:
+    """Moments of the union of several chains, from theirs [C, ...]."""
+    is_dense = reduced.covariance.ndim == 3
+    counts = reduced.count[:, None]
+    count = reduced.count.sum()
+    mean = (counts * reduced.mean).sum(0) / count
+    apart = reduced.mean - mean
+    if is_dense:
+        within = ((counts - 1)[..., None] * reduced.covariance).sum(0)
+        between = jnp.einsum("c,ci,cj->ij", reduced.count, apart, apart)
+    else:
+        within = ((counts - 1) * reduced.covariance).sum(0)
+        between = (counts * jnp.square(apart)).sum(0)
+    return StreamingMoments(count, mean, (within + between) / (count - 1))
+
+
+def expectation(function: Callable[[Position], PyTree]) -> Reducer:
+    """Mean of ``function(position)``, any pytree of arrays."""
+    return Reducer(
+        init=bind(_no_mean, function=function),
+        update=bind(_add_to_mean, function=function),
+        result=bind(_second),
+    )
+
+
+def _no_mean(position, *, function):
+    # From values and not from shapes: zeros are then typed as the position within `shard_map`.
+    return jnp.zeros(()), jax.tree.map(lambda v: jnp.zeros_like(v, _float(v)), function(position))
+
+
+def _add_to_mean(state, position, *, function):
+    count, mean = state
+    count = count + 1
+    mean = jax.tree.map(lambda m, v: m + (v - m) / count.astype(m.dtype), mean, function(position))
+    return count, mean
+
+
+def _second(state):
+    return state[1]
+
+
+def _float(value):
+    return jnp.promote_types(jnp.result_type(value), jnp.float32)
+
+
+def histogram(low: float, high: float, num_bins: int) -> Reducer:
+    """Counts of each component of the position in equal bins on [low, high).
+
+    The result has the position's structure, with leaves [..., num_bins + 2] int32: below, the
+    bins, and at or above ``high``; NaN counts nowhere.
+
+    Raises:
+      ValueError: if the range is empty or there is no bin.
+    """
+    if not low < high or num_bins < 1:
+        raise ValueError(
+            f"low is {low}, high is {high} and num_bins is {num_bins}; low must be below high, "
+            "and there must be at least one bin."
+        )
+    options = {"low": low, "high": high, "num_bins": num_bins}
+    return Reducer(init=bind(_no_counts, num_bins=num_bins), update=bind(_count, **options))
+
+
+def _no_counts(position: Position, *, num_bins: int) -> PyTree:
+    return jax.tree.map(lambda x: jnp.zeros((*jnp.shape(x), num_bins + 2), jnp.int32), position)
+
+
+def _count(counts, position, *, low, high, num_bins):
+    def add(counts, x):
+        place = jnp.floor((x - low) * (num_bins / (high - low))).astype(jnp.int32)
+        place = jnp.where(x < low, -1, jnp.where(x >= high, num_bins, jnp.clip(place, 0, num_bins)))
+        return (
+            counts + ((place + 1)[..., None] == jnp.arange(num_bins + 2)) * ~jnp.isnan(x)[..., None]
+        )
+
+    return jax.tree.map(add, counts, position)
+
+
+def fold(update: Callable[[Any, Position], Any], initial: PyTree) -> Reducer:
+    """Any fold of one's own: ``accumulator = update(accumulator, position)`` from ``initial``.
+
+    >>> longest = fold(lambda peak, x: jnp.maximum(peak, jnp.max(x)), -jnp.inf)
+    """
+    return Reducer(init=bind(_initial, initial=initial), update=update)
+
+
+def _initial(position, *, initial):
+    del position
+    return jax.tree.map(jnp.asarray, initial)

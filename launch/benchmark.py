@@ -15,6 +15,7 @@ that are not installed are skipped with a line that says how to install them.
 
 from __future__ import annotations
 
+import collections
 import json
 import statistics
 import subprocess
@@ -117,17 +118,7 @@ def run_suite(
         for worker in workers.values():
             worker.close()
     _print_table(suite, workers, console)
-    comparisons = []
-    for comparison in suite.comparisons:
-        if comparison.name not in workers or comparison.peer not in workers:
-            continue
-        own, peer = (workers[name].rates() for name in (comparison.name, comparison.peer))
-        ratio = statistics.median(a / b for a, b in zip(own, peer, strict=True))
-        comparisons.append({**comparison._asdict(), "ratio": ratio})
-        console.print(
-            f"{comparison.name} vs {comparison.peer} ratio={ratio:.2f} bar={comparison.bar:g}",
-            highlight=False,
-        )
+    comparisons = _compare(suite, workers, console)
     rows = [
         {
             "name": worker.variant.name,
@@ -139,6 +130,28 @@ def run_suite(
         for worker in workers.values()
     ]
     return {"unit": suite.unit, "rows": rows, "comparisons": comparisons}
+
+
+def _compare(suite: Suite, workers: dict[str, _Worker], console: Console) -> list[dict[str, Any]]:
+    """Ratios, median over rounds, and the geometric means of those that have a group."""
+    comparisons, groups = [], collections.defaultdict(list)
+    for comparison in suite.comparisons:
+        if comparison.name not in workers or comparison.peer not in workers:
+            continue
+        own, peer = (workers[name].rates() for name in (comparison.name, comparison.peer))
+        ratio = statistics.median(a / b for a, b in zip(own, peer, strict=True))
+        comparisons.append({**comparison._asdict(), "ratio": ratio})
+        line = f"{comparison.name} vs {comparison.peer} ratio={ratio:.2f}"
+        if comparison.group:
+            groups[comparison.group, comparison.bar].append(ratio)
+        else:
+            line += f" bar={comparison.bar:g}"
+        console.print(line, highlight=False)
+    for (group, bar), ratios in groups.items():
+        mean = statistics.geometric_mean(ratios)
+        line = f"{group}, geometric mean of {len(ratios)} ratio={mean:.2f} bar={bar:g}"
+        console.print(line, highlight=False)
+    return comparisons
 
 
 def _print_table(suite: Suite, workers: dict[str, _Worker], console: Console) -> None:

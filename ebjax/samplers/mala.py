@@ -1,13 +1,19 @@
 """Metropolis-adjusted Langevin algorithm (MALA).
 
-    y = x - h ∇E(x) + sqrt(2hτ) ξ,    accepted with probability min(1, exp(log a)),
-    log a = (E(x) - E(y)) / τ + log q(x|y) - log q(y|x),
-    log q(y|x) = -|y - x + h ∇E(x)|² / (4hτ) + constant
+    y = x - h M⁻¹ ∇E(x) + sqrt(2hτ) F ξ,    ξ ~ N(0, I),    F F' = M⁻¹,
 
-Leaves exp(-E/τ) exactly invariant for every h.
+accepted with probability min(1, exp(log a)). With q(y|x) the density of y,
+
+    log a = (E(x) - E(y)) / τ + log q(x|y) - log q(y|x),
+    log q(x|y) - log q(y|x) = [(y - x)'(∇E(x) + ∇E(y)) + h (K(∇E(x)) - K(∇E(y)))] / 2τ,
+    K(g) = g' M⁻¹ g / 2,
+
+as the quadratic form of y - x in M is the same both ways: M itself is not needed.
+Leaves exp(-E/τ) exactly invariant for every h and M.
 
 Roberts and Tweedie, "Exponential convergence of Langevin distributions and their discrete
-approximations", Bernoulli 2 (1996).
+approximations", Bernoulli 2 (1996). Roberts and Stramer, "Langevin diffusions and
+Metropolis-Hastings algorithms", Methodology and Computing in Applied Probability 4 (2002).
 """
 
 from __future__ import annotations
@@ -16,10 +22,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy.typing as npt
 import optax
 
 from ebjax.numerics import all_finite, random_normal_and_uniform
 from ebjax.samplers.evaluate import value_and_gradient
+from ebjax.samplers.langevin import check_positive
+from ebjax.samplers.metric import Metric, kinetic_energy, make_metric, scaled_noise, velocity
 from ebjax.types import EnergyFn, Kernel, Params, Position, bind
 
 __all__ = ["MALAInfo", "MALAState", "mala"]
@@ -60,15 +69,25 @@ class MALAInfo(NamedTuple):
     is_finite: jax.Array
 
 
-def mala(*, step_size: float | jax.Array, temperature: float | jax.Array = 1.0) -> Kernel:
+def mala(
+    *,
+    step_size: float | jax.Array,
+    temperature: float | jax.Array = 1.0,
+    inverse_mass: npt.ArrayLike | None = None,
+) -> Kernel:
     """Builds the kernel.
 
     Args:
       step_size: h > 0.
       temperature: τ > 0; the chain's law is exp(-E/τ).
+      inverse_mass: M⁻¹, ``None`` for the identity, the diagonal [D] or a positive definite [D, D]
+        over the raveled position; best near the covariance of the law.
 
     Returns:
       A ``Kernel`` with ``MALAState`` and ``MALAInfo``. One gradient a step.
+
+    Raises:
+      ValueError: naming the option that is out of range.
 
     >>> import jax, jax.numpy as jnp
     >>> kernel = mala(step_size=0.5)
@@ -79,24 +98,33 @@ def mala(*, step_size: float | jax.Array, temperature: float | jax.Array = 1.0) 
     >>> bool(info.is_accepted)
     True
     """
-    return Kernel(init=bind(_init), step=bind(_step, step_size=step_size, temperature=temperature))
+    check_positive("step_size", step_size)
+    check_positive("temperature", temperature)
+    options = {
+        "step_size": step_size,
+        "temperature": temperature,
+        "metric": make_metric(inverse_mass),
+    }
+    return Kernel(init=bind(_init), step=bind(_step, **options))
 
 
 def _init(energy_fn: EnergyFn, params: Params, position: Position) -> MALAState:
     return MALAState(position, *value_and_gradient(energy_fn, params, position))
 
 
-def log_proposal(
-    start: MALAState, end: Position, *, step_size: jax.Array, temperature: jax.Array
+def log_proposal_ratio(
+    start: MALAState, end: MALAState, *, step_size: Any, temperature: Any, metric: Metric
 ) -> jax.Array:
-    """log q(end | start) without its constant: -|end - start + h ∇E(start)|² / (4hτ)."""
-    squares = jax.tree.map(
-        lambda y, x, g: jnp.sum(jnp.square(y - x + step_size * g)),
-        end,
+    """[] log q(start | end) - log q(end | start)."""
+    products = jax.tree.map(
+        lambda y, x, g_y, g_x: jnp.sum((y - x) * (g_x + g_y)),
+        end.position,
         start.position,
+        end.gradient,
         start.gradient,
     )
-    return -sum(jax.tree.leaves(squares)) / (4.0 * step_size * temperature)
+    drifts = kinetic_energy(metric, start.gradient) - kinetic_energy(metric, end.gradient)
+    return 0.5 * (sum(jax.tree.leaves(products)) + step_size * drifts) / temperature
 
 
 def _step(
@@ -107,22 +135,20 @@ def _step(
     *,
     step_size,
     temperature,
+    metric,
 ) -> tuple[MALAState, MALAInfo]:
     scale = jnp.sqrt(2.0 * step_size * temperature)
     noise, uniform = random_normal_and_uniform(key, state.position)
     position = jax.tree.map(
         lambda x, g, xi: x + (scale * xi - step_size * g).astype(x.dtype),
         state.position,
-        state.gradient,
-        noise,
+        velocity(metric, state.gradient),
+        scaled_noise(metric, noise),
     )
     proposal = _init(energy_fn, params, position)
-    options = {"step_size": step_size, "temperature": temperature}
-    log_acceptance = (
-        (state.energy - proposal.energy) / temperature
-        + log_proposal(proposal, state.position, **options)
-        - log_proposal(state, proposal.position, **options)
-    )
+    options = {"step_size": step_size, "temperature": temperature, "metric": metric}
+    log_acceptance = (state.energy - proposal.energy) / temperature
+    log_acceptance += log_proposal_ratio(state, proposal, **options)
     is_finite = all_finite((proposal.energy, proposal.gradient)) & ~jnp.isnan(log_acceptance)
     log_acceptance = jnp.where(is_finite, jnp.minimum(log_acceptance, 0.0), -jnp.inf)
     is_accepted = jnp.log(uniform[0]) < log_acceptance

@@ -13,12 +13,21 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpy.typing as npt
 from jax.flatten_util import ravel_pytree
 
 from ebjax.types import Position, PyTree
 
-__all__ = ["Metric", "kinetic_energy", "make_metric", "momentum", "scaled_noise", "velocity"]
+__all__ = [
+    "Metric",
+    "kinetic_energy",
+    "make_metric",
+    "momentum",
+    "scaled_gradient",
+    "scaled_noise",
+    "velocity",
+]
 
 
 class Metric(NamedTuple):
@@ -32,13 +41,17 @@ def make_metric(inverse_mass: npt.ArrayLike | None) -> Metric:
     """Builds the metric; may be traced.
 
     Args:
-      inverse_mass: ``None`` for the identity, the diagonal [D], or a positive definite [D, D].
+      inverse_mass: ``None`` for the identity, the diagonal [D], or a matrix [D, D], symmetric and
+        positive definite.
 
     Raises:
-      ValueError: if it is no vector and no square matrix.
+      ValueError: if it is no vector and no square matrix, or its values, where they are known, are
+        not those of an inverse mass.
     """
     if inverse_mass is None:
         return Metric(None, None)
+    if not isinstance(inverse_mass, jax.core.Tracer):
+        _check_values(np.asarray(inverse_mass))
     inverse_mass = jnp.asarray(inverse_mass)
     if inverse_mass.ndim == 1:
         return Metric(inverse_mass, jnp.sqrt(inverse_mass))
@@ -48,6 +61,20 @@ def make_metric(inverse_mass: npt.ArrayLike | None) -> Metric:
         f"inverse_mass has shape {inverse_mass.shape}; it must be a diagonal [D] or a matrix "
         "[D, D], with D the number of components of the position."
     )
+
+
+def _check_values(inverse_mass: np.ndarray) -> None:
+    values = inverse_mass.astype(np.float64)
+    if values.ndim == 1 and not np.all((values > 0.0) & np.isfinite(values)):
+        raise ValueError(
+            "inverse_mass has components that are not all positive and finite; a diagonal must be."
+        )
+    if values.ndim == 2 and values.shape[0] == values.shape[1]:
+        # Covariances that were estimated in float32 are symmetric to its precision only.
+        if not np.allclose(values, values.T, rtol=1e-4, atol=1e-6 * np.abs(values).max()):
+            raise ValueError("inverse_mass is not symmetric; a matrix must be.")
+        if not np.linalg.eigvalsh(values).min() > 0.0:
+            raise ValueError("inverse_mass is not positive definite; a matrix must be.")
 
 
 def _on_flat(function, tree: PyTree) -> PyTree:
@@ -93,6 +120,16 @@ def scaled_noise(metric: Metric, noise: Position) -> Position:
     if metric.factor.ndim == 1:
         return _on_flat(lambda xi: metric.factor * xi, noise)
     return _on_flat(lambda xi: metric.factor @ xi, noise)
+
+
+def scaled_gradient(metric: Metric, gradient: Position) -> Position:
+    """``F' g``: a gradient in the coordinates in which the metric is the identity."""
+    _check(metric, gradient)
+    if metric.factor is None:
+        return gradient
+    if metric.factor.ndim == 1:
+        return _on_flat(lambda g: metric.factor * g, gradient)
+    return _on_flat(lambda g: metric.factor.T @ g, gradient)
 
 
 def kinetic_energy(metric: Metric, vector: Position) -> jax.Array:

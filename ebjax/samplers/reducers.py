@@ -1,12 +1,8 @@
 """Folds over the positions of a chain, for runs that are too long to keep.
 
-    mean_n = mean_{n-1} + (x_n - mean_{n-1}) / n
-    S_n = S_{n-1} + (x_n - mean_{n-1}) (x_n - mean_n)'        covariance = S_n / (n - 1)
+    accumulator <- update(accumulator, position)         result(accumulator) at the end
 
 Each is a ``Reducer`` of one chain, passed to ``sample(..., reducers={"name": ...})``.
-
-Welford, "Note on a method for calculating corrected sums of squares and products", Technometrics
-1962; Chan, Golub and LeVeque, "Algorithms for computing the sample variance", 1983, for pooling.
 """
 
 from __future__ import annotations
@@ -19,6 +15,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from ebjax.samplers.run import Reducer
+from ebjax.samplers.welford import WelfordState, welford_final, welford_init, welford_update
 from ebjax.types import Position, PyTree, bind
 
 __all__ = ["StreamingMoments", "expectation", "fold", "histogram", "moments", "pool_moments"]
@@ -51,47 +48,32 @@ def moments(*, dense: bool = False) -> Reducer:
     (50000, True)
     """
     return Reducer(
-        init=bind(_no_moments, dense=dense),
-        update=bind(_add_to_moments, dense=dense),
-        result=bind(_covariance),
+        init=bind(_no_moments, dense=dense), update=bind(_add_to_moments), result=bind(_moments)
     )
 
 
-def _no_moments(position: Position, *, dense: bool) -> StreamingMoments:
+def _no_moments(position: Position, *, dense: bool) -> WelfordState:
     flat, _ = ravel_pytree(position)
-    zeros = jnp.zeros_like(flat)
-    squares = jnp.zeros((flat.size, flat.size), flat.dtype) if dense else zeros
-    return StreamingMoments(jnp.zeros((), flat.dtype), zeros, squares)
+    return welford_init(flat.size, is_dense=dense, dtype=flat.dtype)
 
 
-def _add_to_moments(state: StreamingMoments, position: Position, *, dense: bool):
-    flat, _ = ravel_pytree(position)
-    count = state.count + 1
-    before = flat - state.mean
-    mean = state.mean + before / count
-    after = flat - mean
-    squares = before[:, None] * after if dense else before * after
-    return StreamingMoments(count, mean, state.covariance + squares)
+def _add_to_moments(state: WelfordState, position: Position) -> WelfordState:
+    return welford_update(state, ravel_pytree(position)[0])
 
 
-def _covariance(state: StreamingMoments) -> StreamingMoments:
-    return state._replace(covariance=state.covariance / (state.count - 1))
+def _moments(state: WelfordState) -> StreamingMoments:
+    return StreamingMoments(state.count, state.mean, welford_final(state))
 
 
 def pool_moments(reduced: StreamingMoments) -> StreamingMoments:
     """Moments of the union of several chains, from theirs [C, ...]."""
-    is_dense = reduced.covariance.ndim == 3
-    counts = reduced.count[:, None]
-    count = reduced.count.sum()
-    mean = (counts * reduced.mean).sum(0) / count
+    total = reduced.count.sum()
+    mean = jnp.einsum("c,cd->d", reduced.count, reduced.mean) / total
     apart = reduced.mean - mean
-    if is_dense:
-        within = ((counts - 1)[..., None] * reduced.covariance).sum(0)
-        between = jnp.einsum("c,ci,cj->ij", reduced.count, apart, apart)
-    else:
-        within = ((counts - 1) * reduced.covariance).sum(0)
-        between = (counts * jnp.square(apart)).sum(0)
-    return StreamingMoments(count, mean, (within + between) / (count - 1))
+    products = "c,ci,cj->ij" if reduced.covariance.ndim == 3 else "c,ci,ci->i"
+    between = jnp.einsum(products, reduced.count, apart, apart)
+    within = jnp.einsum("c,c...->...", reduced.count - 1, reduced.covariance)
+    return StreamingMoments(total, mean, (within + between) / (total - 1))
 
 
 def expectation(function: Callable[[Position], PyTree]) -> Reducer:

@@ -30,11 +30,15 @@ class Variant(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """A ratio of rates with a bar: ``name`` over ``peer`` must be at least ``bar``."""
+    """A ratio of rates with a bar: ``name`` over ``peer`` must be at least ``bar``.
+
+    The ratios of one ``group`` have no bar of their own but one of their geometric mean.
+    """
 
     name: str
     peer: str
     bar: float
+    group: str = ""
 
 
 class Suite(NamedTuple):
@@ -194,9 +198,69 @@ def _dispatch() -> Suite:
     )
 
 
+def _kernel(algorithm: str, about: str, steps: dict[tuple[str, int], int]) -> Suite:
+    variants: list[Variant] = []
+    comparisons: list[Comparison] = []
+    rows: tuple[tuple[str, str, dict[str, Any], int], ...] = (
+        ("ebjax", "ebjax_kernel", {}, 1),
+        ("ebjax-2-devices", "ebjax_kernel", {"num_devices": 2}, 2),
+        ("blackjax", "blackjax_kernel", {}, 1),
+    )
+    for (target, num_chains), num_steps in steps.items():
+        shared = {
+            "algorithm": algorithm,
+            "target": target,
+            "num_chains": num_chains,
+            "num_steps": num_steps,
+            "seed": 0,
+        }
+        case = f"{target}-{num_chains}"
+        variants += [
+            Variant(
+                f"{name}-{case}",
+                "kernels",
+                function,
+                {**shared, **more},
+                num_chains * num_steps,
+                num_devices,
+            )
+            for name, function, more, num_devices in rows
+        ]
+        comparisons += [
+            Comparison(f"ebjax-{case}", f"blackjax-{case}", 1.0),
+            Comparison(f"ebjax-2-devices-{case}", f"blackjax-{case}", 1.8, "ebjax-2-devices"),
+        ]
+    return Suite(about, "chain-steps", tuple(variants), tuple(comparisons))
+
+
+def _kernels() -> dict[str, Suite]:
+    abouts = {
+        "ula": "Unadjusted Langevin",
+        "mala": "MALA",
+        "hmc": "HMC, 10 leapfrog steps",
+        "nuts": "NUTS",
+    }
+    cases = (("mixture", 1_000), ("mixture", 10_000), ("gaussian", 1_000), ("gaussian", 10_000))
+    num_steps = {
+        "ula": (5_000, 600, 700, 60),
+        "mala": (4_000, 500, 500, 50),
+        "hmc": (500, 60, 60, 6),
+        "nuts": (100, 10, 2, 1),
+    }
+    return {
+        name: _kernel(
+            name,
+            f"{about}: 2-D mixture of 40 and 100-d Gaussian with condition number 1e4",
+            dict(zip(cases, num_steps[name], strict=True)),
+        )
+        for name, about in abouts.items()
+    }
+
+
 SUITES: dict[str, Suite] = {
     "langevin": _langevin(),
     "gflownet_hypergrid": _gflownet_hypergrid(),
     "pcd_step": _pcd_step(),
     "dispatch": _dispatch(),
+    **_kernels(),
 }

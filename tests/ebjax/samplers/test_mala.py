@@ -21,62 +21,104 @@ def asymmetric_energy(params, x):
     return jnp.sum(0.25 * x**4 - 0.5 * x**2 + 0.6 * x) + params * x[0] * x[1]
 
 
-def log_normal(end, mean, scale):
-    return jnp.sum(jax.scipy.stats.norm.logpdf(end, mean, scale))
+METRICS = {
+    "identity": None,
+    "diagonal": np.array([0.6, 2.0]),
+    "dense": np.array([[0.4, -0.5], [-0.5, 1.9]]),
+}
 
 
-def balance_error(monkeypatch, *, temperature=TEMPERATURE, num_pairs=200):
+def dense(inverse_mass):
+    inverse_mass = np.eye(2) if inverse_mass is None else inverse_mass
+    return np.diag(inverse_mass) if inverse_mass.ndim == 1 else inverse_mass
+
+
+def log_proposal(x, y, *, inverse_mass, temperature):
+    """log q(y|x) from its definition: a normal of mean x - h M⁻¹ ∇E(x), covariance 2hτ M⁻¹."""
+    mean = x - STEP_SIZE * inverse_mass @ jax.grad(asymmetric_energy, 1)(0.4, x)
+    covariance = 2.0 * STEP_SIZE * temperature * inverse_mass
+    return jax.scipy.stats.multivariate_normal.logpdf(y, mean, covariance)
+
+
+def balance_error(monkeypatch, *, temperature=TEMPERATURE, metric="identity", num_pairs=200):
     """Largest |log of π(x) q(y|x) a(x,y) / π(y) q(x|y) a(y,x)| over random pairs.
 
     The library's step computes a: its noise is replaced by the one that proposes y from x.
     """
-    kernel = mala(step_size=STEP_SIZE, temperature=temperature)
-    scale = math.sqrt(2.0 * STEP_SIZE * temperature)
-    params = 0.4
+    options = {"step_size": STEP_SIZE, "temperature": temperature}
+    kernel = mala(**options, inverse_mass=METRICS[metric])
+    inverse_mass, params = dense(METRICS[metric]), 0.4
+    root = math.sqrt(2.0 * STEP_SIZE * temperature) * np.linalg.cholesky(inverse_mass)
 
     def log_flow(x, y):
         state = kernel.init(asymmetric_energy, params, x)
-        mean = x - STEP_SIZE * jax.grad(asymmetric_energy, 1)(params, x)
+        mean = x - STEP_SIZE * inverse_mass @ jax.grad(asymmetric_energy, 1)(params, x)
         with monkeypatch.context() as patch:
-            draw = ((y - mean) / scale, jnp.array([0.5]))
+            draw = (jnp.linalg.solve(root, y - mean), jnp.array([0.0]))
             patch.setattr(mala_module, "random_normal_and_uniform", lambda key, tree: draw)
-            _, info = kernel.step(jax.random.key(0), asymmetric_energy, params, state)
-        log_a = jnp.log(info.acceptance_rate)
+            new, info = kernel.step(jax.random.key(0), asymmetric_energy, params, state)
         log_pi = -asymmetric_energy(params, x) / temperature
-        return log_pi + log_normal(y, mean, scale) + log_a, info.acceptance_rate
+        log_q = log_proposal(x, y, inverse_mass=inverse_mass, temperature=temperature)
+        # A uniform of zero accepts whatever can be accepted, so the end is what was proposed.
+        miss = jnp.abs(new.position - y).max()
+        return log_pi + log_q + jnp.log(info.acceptance_rate), info.acceptance_rate, miss
 
-    x, y = jax.random.normal(jax.random.key(1), (2, num_pairs, 2)) * 1.2
-    forward, rate = jax.vmap(log_flow)(x, y)
-    backward, rate_back = jax.vmap(log_flow)(y, x)
+    x, y = jax.random.normal(jax.random.key(1), (2, num_pairs, 2)) * 0.9
+    forward, rate, miss = jax.jit(jax.vmap(log_flow))(x, y)
+    backward, rate_back, _ = jax.jit(jax.vmap(log_flow))(y, x)
+    assert miss.max() < 1e-12
     # Of each pair one direction is certain and the other is not, so both branches are tested.
     assert np.all((rate == 1.0) | (rate_back == 1.0))
     assert np.mean((rate < 1.0) | (rate_back < 1.0)) > 0.9
     return np.abs(forward - backward).max()
 
 
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("temperature", [1.0, TEMPERATURE])
-def test_detailed_balance(monkeypatch, x64, temperature):
-    assert balance_error(monkeypatch, temperature=temperature) < 1e-10
+def test_detailed_balance(monkeypatch, x64, temperature, metric):
+    assert balance_error(monkeypatch, temperature=temperature, metric=metric) < 1e-10
 
 
-def test_the_check_sees_a_dropped_proposal_correction(monkeypatch, x64):
-    monkeypatch.setattr(mala_module, "log_proposal", lambda start, end, **options: 0.0)
-    assert balance_error(monkeypatch) > 1e-2
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_check_sees_a_dropped_proposal_correction(monkeypatch, x64, metric):
+    monkeypatch.setattr(mala_module, "log_proposal_ratio", lambda start, end, **options: 0.0)
+    assert balance_error(monkeypatch, metric=metric) > 1e-2
 
 
-def test_log_proposal_is_the_density_of_the_proposal(x64):
-    """Up to its constant, on a pytree."""
+@pytest.mark.parametrize("metric", ["diagonal", "dense"])
+def test_the_check_sees_drifts_measured_without_the_metric(monkeypatch, x64, metric):
+    ours = mala_module.kinetic_energy
+    monkeypatch.setattr(
+        mala_module, "kinetic_energy", lambda metric, g: ours(mala_module.make_metric(None), g)
+    )
+    assert balance_error(monkeypatch, metric=metric) > 1e-2
+
+
+def test_log_proposal_ratio_is_that_of_the_densities(x64):
+    """On a pytree."""
+    inverse_mass = METRICS["dense"]
     kernel = mala(step_size=STEP_SIZE, temperature=TEMPERATURE)
     energy_fn = lambda params, x: asymmetric_energy(params, jnp.append(x["a"], x["b"]))  # noqa: E731
-    start = kernel.init(energy_fn, 0.4, {"a": jnp.array([0.3]), "b": jnp.array(-0.8)})
-    end = {"a": jnp.array([1.1]), "b": jnp.array(0.2)}
-    ours = mala_module.log_proposal(start, end, step_size=STEP_SIZE, temperature=TEMPERATURE)
-    scale = math.sqrt(2.0 * STEP_SIZE * TEMPERATURE)
-    theirs = sum(
-        log_normal(end[k], start.position[k] - STEP_SIZE * start.gradient[k], scale) for k in "ab"
-    )
-    constant = -2.0 * math.log(scale * math.sqrt(2.0 * math.pi))
-    assert abs(ours + constant - theirs) < 1e-12
+    x, y = jnp.array([0.3, -0.8]), jnp.array([1.1, 0.2])
+    start, end = (kernel.init(energy_fn, 0.4, {"a": v[:1], "b": v[1]}) for v in (x, y))
+    options = {"step_size": STEP_SIZE, "metric": mala_module.make_metric(inverse_mass)}
+    ours = mala_module.log_proposal_ratio(start, end, temperature=TEMPERATURE, **options)
+    options = {"inverse_mass": inverse_mass, "temperature": TEMPERATURE}
+    theirs = log_proposal(y, x, **options) - log_proposal(x, y, **options)
+    assert abs(ours - theirs) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"step_size": -0.1}, "step_size is -0.1"),
+        ({"step_size": 0.1, "temperature": 0.0}, "temperature is 0.0"),
+        ({"step_size": 0.1, "inverse_mass": np.ones((2, 3))}, r"shape \(2, 3\)"),
+    ],
+)
+def test_options_out_of_range_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        mala(**options)
 
 
 def test_acceptance_happens_as_often_as_it_says():
@@ -142,7 +184,7 @@ def test_known_laws_are_invariant(name):
 
 @pytest.mark.parametrize("name", KNOWN_LAWS)
 def test_the_invariance_check_sees_a_dropped_proposal_correction(monkeypatch, name):
-    monkeypatch.setattr(mala_module, "log_proposal", lambda start, end, **options: 0.0)
+    monkeypatch.setattr(mala_module, "log_proposal_ratio", lambda start, end, **options: 0.0)
     assert moment_z_scores(name).max() > 5.0
 
 

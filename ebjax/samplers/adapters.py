@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ebjax.numerics import all_finite
+from ebjax.numerics import all_finite, is_key
 from ebjax.types import EnergyFn, Kernel, Params, Position, PyTree, bind
 
 __all__ = [
@@ -126,17 +126,12 @@ def from_numpyro(
             "ebjax[bench])."
         ) from error
     key = jax.random.key(0) if key is None else key
-
-    def initialise(key):
-        return util.initialize_model(key, model, model_args=args, model_kwargs=kwargs)
-
-    found = initialise(key if jnp.ndim(key) == 0 else key[0])
+    # It knows a batch of keys by the axes before the words of one.
+    words = jax.random.key_data(key) if is_key(key) else key
+    found = util.initialize_model(words, model, model_args=args, model_kwargs=kwargs)
     position = found.param_info.z
     if not jax.tree.leaves(position):
         raise ValueError("The model has no continuous latent site, so there is nothing to sample.")
-    if jnp.ndim(key) > 0:
-        starts = [initialise(one).param_info.z for one in key]
-        position = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
     energy_fn = bind(_ignore_params, potential=found.potential_fn)
     return NumpyroEnergy(energy_fn, position, found.postprocess_fn)
 

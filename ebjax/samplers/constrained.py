@@ -14,9 +14,8 @@ Three ways from R^D into a domain, for a law exp(-E) on it:
                   Metropolis test makes O(h).
 
 Bubeck, Eldan and Lehec, "Sampling from a log-concave distribution with projected Langevin Monte
-Carlo", Discrete and Computational Geometry 59 (2018). Aitchison, "The statistical analysis of
-compositional data" (1986). Duchi et al., "Efficient projections onto the l1-ball for learning in
-high dimensions", ICML 2008.
+Carlo", Discrete and Computational Geometry 59 (2018). Egozcue et al., "Isometric logratio
+transformations for compositional data analysis", Mathematical Geology 35 (2003).
 """
 
 from __future__ import annotations
@@ -101,7 +100,7 @@ def box(low: npt.ArrayLike, high: npt.ArrayLike) -> Domain:
     """
     is_traced = isinstance(low, jax.core.Tracer) or isinstance(high, jax.core.Tracer)
     if not is_traced and not np.all(np.asarray(low) < np.asarray(high)):
-        raise ValueError(f"low is {low} and high is {high}; low must be below high everywhere.")
+        raise ValueError(f"low is {low!r} and high is {high!r}; low must be below high everywhere.")
     bounds = {"low": low, "high": high}
     return Domain(
         project=bind(_box_project, **bounds),
@@ -201,7 +200,7 @@ def simplex() -> Domain:
 
 
 def _simplex_project(x):
-    """max(x - θ, 0) with the θ that makes it sum to 1."""
+    """max(x - θ, 0) with the θ that makes it sum to 1 (Duchi et al., ICML 2008)."""
     falling = -jnp.sort(-x, axis=-1)
     count = jnp.arange(1, x.shape[-1] + 1)
     excess = (jnp.cumsum(falling, axis=-1) - 1.0) / count

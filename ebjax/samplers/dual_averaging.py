@@ -129,7 +129,7 @@ def search_step_size(
     def attempt(loop):
         trial, step_size, direction, _, total = loop
         acceptance, cost = acceptance_fn(trial, step_size)
-        wanted = jnp.where(acceptance > target, 1, -1)
+        wanted = jnp.where(acceptance > target, 1, -1).astype(jnp.int32)
         is_crossed = (trial > 0) & (wanted != direction)
         # At the crossing half a step back, into the bracket.
         exponent = jnp.where(is_crossed, 0.5, 1.0) * wanted

@@ -17,6 +17,7 @@ Neal, "MCMC using Hamiltonian dynamics", Handbook of Markov Chain Monte Carlo, 2
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -84,7 +85,8 @@ def check_step_size(step_size: Any) -> None:
 
 def inner_product(first: Position, second: Position) -> jax.Array:
     """[] sum of the products of all components."""
-    return sum(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), first, second)))
+    products = jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), first, second))
+    return functools.reduce(jnp.add, products)
 
 
 def inner_products(*pairs: tuple[Position, Position]) -> list[jax.Array]:
@@ -98,7 +100,7 @@ def inner_products(*pairs: tuple[Position, Position]) -> list[jax.Array]:
         return jnp.stack(jax.lax.reduce(tuple(products), zeros, add, axes))
 
     leaves = jax.tree.leaves(jax.tree.map(of_leaf, *(vector for pair in pairs for vector in pair)))
-    return list(sum(leaves))
+    return list(jnp.sum(jnp.stack(leaves), axis=0)) if len(leaves) > 1 else list(leaves[0])
 
 
 def kick(momentum: Position, force: Position, step: jax.Array) -> Position:

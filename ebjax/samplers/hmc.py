@@ -140,17 +140,16 @@ def _trajectory(
     position, momentum = phase.position, kick(phase.momentum, phase.force, 0.5 * step)
     if isinstance(length, int):
         position, momentum = jax.lax.fori_loop(
-            1, length, lambda i, loop: advance(*loop, step), (position, momentum)
+            1, length, lambda i, loop: advance(loop[0], loop[1], step), (position, momentum)
         )
     else:
         # A chain that has reached its length stands still, its step being zero.
+        def masked(loop):
+            i, position, momentum = loop
+            return i + 1, *advance(position, momentum, jnp.where(i < length, step, 0.0))
+
         _, position, momentum = jax.lax.while_loop(
-            lambda loop: any_chain(loop[0] < length),
-            lambda loop: (
-                loop[0] + 1,
-                *advance(*loop[1:], jnp.where(loop[0] < length, step, 0.0)),
-            ),
-            (jnp.int32(1), position, momentum),
+            lambda loop: any_chain(loop[0] < length), masked, (jnp.int32(1), position, momentum)
         )
     end = init(energy_fn, params, drift(metric, position, momentum, step))
     return kick(momentum, scaled_gradient(metric, end.gradient), 0.5 * step), end

@@ -74,7 +74,9 @@ class LangevinInfo(NamedTuple):
 
 def check_positive(name: str, value: Any, *, or_zero: bool = False) -> None:
     """Raises ``ValueError`` if an option is a Python number that is not positive."""
-    if isinstance(value, numbers.Real) and not (value > 0 or (or_zero and value == 0)):
+    if not isinstance(value, numbers.Real):
+        return
+    if not (float(value) > 0.0 or (or_zero and float(value) == 0.0)):
         raise ValueError(f"{name} is {value}; it must be positive{' or zero' if or_zero else ''}.")
 
 
@@ -123,7 +125,7 @@ def langevin(
     check_positive("temperature", temperature, or_zero=True)
     check_positive("noise_scale", noise_scale, or_zero=True)
     return Kernel(
-        init=bind(_init, is_scheduled=callable(step_size)),
+        init=bind(_init_scheduled if callable(step_size) else _init),
         step=bind(
             _step,
             step_size=step_size,
@@ -136,11 +138,13 @@ def langevin(
     )
 
 
-def _init(
-    energy_fn: EnergyFn, params: Params, position: Position, *, is_scheduled
-) -> LangevinState:
+def _init(energy_fn: EnergyFn, params: Params, position: Position) -> LangevinState:
     del energy_fn, params  # the next step needs nothing but the position
-    return LangevinState(position, jnp.zeros((), jnp.int32) if is_scheduled else ())
+    return LangevinState(position)
+
+
+def _init_scheduled(energy_fn: EnergyFn, params: Params, position: Position) -> LangevinState:
+    return _init(energy_fn, params, position)._replace(count=jnp.zeros((), jnp.int32))
 
 
 def _step(

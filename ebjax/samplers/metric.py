@@ -9,6 +9,7 @@ made once and not at every step.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -135,4 +136,4 @@ def scaled_gradient(metric: Metric, gradient: Position) -> Position:
 def kinetic_energy(metric: Metric, vector: Position) -> jax.Array:
     """[] ``p' M⁻¹ p / 2``."""
     products = jax.tree.map(lambda p, v: jnp.sum(p * v), vector, velocity(metric, vector))
-    return 0.5 * sum(jax.tree.leaves(products))
+    return 0.5 * functools.reduce(jnp.add, jax.tree.leaves(products))

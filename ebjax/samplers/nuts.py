@@ -7,7 +7,8 @@ A span of points from a to b with summed momenta ρ has turned when ρ'ξ_a <= 0
 one of its halves has together with the nearest point of the other. A new half within which a
 dyadic span has turned, or H has grown by more than a threshold, is dropped and ends the trajectory.
 Which tree is grown depends on its set of points and not on the point started from, so the draw
-leaves exp(-E) exactly invariant for every step size and mass. Within a new half points are drawn
+leaves exp(-E) invariant for every step size and mass, exactly but for what is e^-1000 (or what the
+threshold is) times less likely than the start. Within a new half points are drawn
 by their weights; between the halves the new one is preferred, by min(1, w_new / w_old).
 
 No recursion: leaf n of a half is tested against at most log2 of its predecessors, kept in a stack
@@ -87,7 +88,8 @@ def nuts(
       inverse_mass: M⁻¹, the diagonal [D] or a matrix [D, D] over the D components of the position
         raveled; ``None`` is the identity. Best near the covariance of the law.
       max_depth: static; a trajectory has at most ``2**max_depth`` points. From 1 to 20.
-      divergence_threshold: growth of H above which a trajectory counts as divergent.
+      divergence_threshold: growth of H above which a trajectory counts as divergent. The law is
+        kept up to terms of exp(-threshold), so it should not be small.
 
     Returns:
       A ``Kernel`` with ``HamiltonianState`` and ``NUTSInfo``. The number of gradients differs from
@@ -233,7 +235,7 @@ def _choose(is_new: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(is_new, a, b), new, old)
 
 
-def _read(stack: Position, index: jax.Array) -> Position:
+def _read(stack: Position, index: int | jax.Array) -> Position:
     return jax.tree.map(lambda s: jax.lax.dynamic_index_in_dim(s, index, 0, False), stack)
 
 
@@ -267,8 +269,13 @@ def _any_span_has_turned(half: _Half, leaf: jax.Array) -> jax.Array:
 
 
 def _false_like(array: jax.Array) -> jax.Array:
-    """False as an array that varies over devices and chains as ``array`` does."""
+    """False, typed as varying over the devices of a caller's ``shard_map`` as ``array`` is."""
     return jnp.isnan(array) & False
+
+
+def _full_like(array: jax.Array, value: float) -> jax.Array:
+    """``jnp.full_like``, typed as varying over the devices of a ``shard_map`` as ``array`` is."""
+    return jnp.where(_false_like(array), array, jnp.asarray(value, array.dtype))
 
 
 def _uniform(problem: _Problem, index: jax.Array) -> jax.Array:
@@ -334,8 +341,8 @@ def _double(
         end=end,
         step=direction * problem.step_size,
         kinetic=problem.kinetic,  # any number, since the first leaf closes no pair
-        draw=tree.draw._replace(log_weight=jnp.full_like(tree.draw.log_weight, -jnp.inf)),
-        momentum_sum=jax.tree.map(jnp.zeros_like, tree.momentum_sum),
+        draw=tree.draw._replace(log_weight=_full_like(tree.draw.log_weight, -jnp.inf)),
+        momentum_sum=jax.tree.map(lambda xi: _full_like(xi, 0.0), tree.momentum_sum),
         checkpoints=tree.checkpoints,
     )
     status = status._replace(depth=status.depth + status.is_growing)
@@ -389,7 +396,13 @@ def _step(
 ) -> tuple[HamiltonianState, NUTSInfo]:
     noise_key, leaf_key = jax.random.split(key)
     momentum, uniform = random_normal_and_uniform(noise_key, state.position)
+    # Noise is not typed as varying over devices, even where its key is.
+    momentum = jax.tree.map(
+        lambda xi, x: jnp.where(_false_like(x), x, xi), momentum, state.position
+    )
     kinetic = 0.5 * inner_product(momentum, momentum)
+    zero = _full_like(kinetic + state.energy, 0.0)
+    is_false = _false_like(zero)
     # A start of infinite energy has no weight; errors are then energies, which have no threshold.
     is_infinite = jnp.isposinf(state.energy)
     problem = _Problem(
@@ -400,18 +413,16 @@ def _step(
         max_depth=max_depth,
         threshold=jnp.where(is_infinite, jnp.inf, divergence_threshold),
         key=leaf_key,
-        directions=(uniform[0] * 2**max_depth).astype(jnp.int32),
+        directions=jnp.where(is_false, 0, (uniform[0] * 2**max_depth).astype(jnp.int32)),
         energy=jnp.where(is_infinite, 0.0, state.energy),
         kinetic=kinetic,
     )
     phase = Phase(state.position, momentum, scaled_gradient(metric, state.gradient))
-    zero = jnp.where(jnp.isnan(kinetic + state.energy), 0.0, 0.0)
-    is_false = _false_like(zero)
     stack = jax.tree.map(lambda xi: jnp.broadcast_to(xi, (max_depth, *xi.shape)), momentum)
     tree = _Tree(
         end=phase,
         other=phase,
-        direction=jnp.ones_like(kinetic),
+        direction=_full_like(kinetic, 1.0),
         draw=_Draw(state, zero, jnp.where(is_infinite, -jnp.inf, zero)),
         momentum_sum=momentum,
         checkpoints=_Checkpoints(stack, stack, stack),

@@ -527,10 +527,19 @@ def _tuning_round(
 
 
 def equalised(ladder: jax.Array, rejection_rates: jax.Array) -> jax.Array:
-    """[R] the rungs between which Λ(β), linear between the old rungs, grows by equal shares."""
+    """[R] the rungs between which Λ grows by equal shares.
+
+    Between the old rungs Λ is linear in log β, as it is for Gaussians; in β where the first is 0.
+    """
     # The floor keeps Λ strictly increasing, and so the rungs apart.
     rates = jnp.maximum(rejection_rates, 1e-3)
     barrier = jnp.concatenate([jnp.zeros(1, rates.dtype), jnp.cumsum(rates)])
     heights = jnp.linspace(0.0, 1.0, ladder.size, dtype=rates.dtype) * barrier[-1]
-    inner = jnp.interp(heights, barrier, ladder)
+    is_positive = ladder[0] > 0.0
+    log_ladder = jnp.log(jnp.where(is_positive, ladder, 1.0))
+    inner = jnp.where(
+        is_positive,
+        jnp.exp(jnp.interp(heights, barrier, log_ladder)),
+        jnp.interp(heights, barrier, ladder),
+    )
     return inner.at[0].set(ladder[0]).at[-1].set(ladder[-1])

@@ -156,7 +156,7 @@ def _kick_work(metric: Metric, before: Position, after: Position, gradient: Posi
     """``-∇E' M⁻¹ (p + p')``, 4/h times the change K(p') - K(p) in a kick p' = p - h/2 ∇E."""
     total = velocity(metric, jax.tree.map(jnp.add, before, after))
     products = jax.tree.map(lambda g, v: jnp.sum(g * v), gradient, total)
-    return -sum(jax.tree.leaves(products))
+    return -jax.tree.reduce(jnp.add, products)
 
 
 def _reverse(state: UnderdampedState) -> UnderdampedState:

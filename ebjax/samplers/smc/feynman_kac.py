@@ -166,12 +166,11 @@ def resample(
     """
 
     def draw(population):
-        everyone = gather(population, axis_name)
-        ancestors = RESAMPLERS[method](key, everyone.log_weights)
-        ancestors = _own(ancestors, population.eves.size, axis_name)
-        particles, eves = jax.tree.map(
-            lambda leaf: leaf[ancestors], (everyone.particles, everyone.eves)
+        log_weights, *everyone = gather(
+            (population.log_weights, population.particles, population.eves), axis_name
         )
+        ancestors = _own(RESAMPLERS[method](key, log_weights), population.eves.size, axis_name)
+        particles, eves = jax.tree.map(lambda leaf: leaf[ancestors], everyone)
         return Population(
             particles=particles,
             # A dead population stays dead: log Z is -inf, whatever the weights are now.

@@ -388,13 +388,13 @@ def _move(problem: _Problem, key, beta, step_size, options, states):
 def _resample_starts(key: jax.Array, problem: _Problem, population: Population):
     """Draws the N / P starts of waste-free chains of length P."""
     length = problem.settings.num_mcmc_steps
-    everyone = gather(population, problem.axis_name)
-    num_chains = everyone.eves.size // length
-    ancestors = RESAMPLERS[problem.settings.resampling](key, everyone.log_weights, num_chains)
-    ancestors = ancestors[problem.index[::length] // length]
-    particles, eves = jax.tree.map(
-        lambda leaf: leaf[ancestors], (everyone.particles, everyone.eves)
+    log_weights, *everyone = gather(
+        (population.log_weights, population.particles, population.eves), problem.axis_name
     )
+    num_chains = log_weights.size // length
+    ancestors = RESAMPLERS[problem.settings.resampling](key, log_weights, num_chains)
+    ancestors = ancestors[problem.index[::length] // length]
+    particles, eves = jax.tree.map(lambda leaf: leaf[ancestors], everyone)
     population = population._replace(
         particles=particles, eves=eves, num_resamplings=population.num_resamplings + 1
     )

@@ -26,7 +26,6 @@ from ebjax.samplers.underdamped import underdamped
 
 constrained_module = importlib.import_module("ebjax.samplers.constrained")
 mala_module = importlib.import_module("ebjax.samplers.mala")
-langevin_module = importlib.import_module("ebjax.samplers.langevin")
 
 # Domains.
 
@@ -44,16 +43,17 @@ each_box = pytest.mark.parametrize("name", BOXES)
 def test_fold_of_a_box_mirrors_at_its_walls(x64, name):
     low, high = BOXES[name]
     domain = box(low, high)
-    x = jnp.linspace(-9.0, 9.0, 1001)
-    folds = domain.fold(x)
+    x = np.linspace(-9.0, 9.0, 1001)
+    fold = jax.jit(domain.fold)
+    folds = fold(x)
     assert np.all((folds >= low) & (folds <= high))
-    inside = (x >= low) & (x <= high)
+    inside = np.asarray((x >= low) & (x <= high))
     np.testing.assert_array_equal(folds[inside], x[inside])
     for wall in (low, high):
         if math.isfinite(wall):
-            np.testing.assert_allclose(domain.fold(2.0 * wall - x), folds, atol=1e-13)
-    slopes = jax.vmap(jax.grad(domain.fold))(x)
-    np.testing.assert_array_equal(jnp.abs(slopes), 1.0)
+            np.testing.assert_allclose(fold(2.0 * wall - x), folds, atol=1e-13)
+    slopes = np.asarray(jax.jit(jax.vmap(jax.grad(domain.fold)))(x))
+    np.testing.assert_array_equal(np.abs(slopes), 1.0)
     np.testing.assert_array_equal(slopes[inside], 1.0)
 
 
@@ -79,10 +79,9 @@ def test_projection_onto_the_simplex_is_the_nearest_point(x64):
     np.testing.assert_allclose(nearest.sum(-1), 1.0, rtol=1e-12)
     assert np.all(nearest >= 0.0)
     shift = np.where(nearest > 0.0, x - nearest, -np.inf).max(-1, keepdims=True)
-    np.testing.assert_allclose(
-        np.where(nearest > 0.0, x - nearest, shift), shift + 0 * x, atol=1e-12
-    )
-    assert np.all(x - nearest <= shift + 1e-12)
+    removed = np.asarray(x - nearest)
+    np.testing.assert_allclose(np.where(nearest > 0.0, removed - shift, 0.0), 0.0, atol=1e-12)
+    assert np.all(removed <= shift + 1e-12)
     np.testing.assert_allclose(simplex().project(nearest), nearest, atol=1e-14)
 
 
@@ -94,16 +93,16 @@ def test_maps_invert_and_tell_their_volume(x64, name):
         bounds = np.array(list(BOXES.values())).T if name == "mixed" else BOXES[name]
         domain, size = box(*bounds), 4
     y = 1.5 * jax.random.normal(jax.random.key(1), (20, size))
-    x, log_volume = jax.vmap(domain.forward)(y)
-    np.testing.assert_allclose(jax.vmap(domain.inverse)(x), y, rtol=1e-9, atol=1e-9)
+    x, log_volume = jax.jit(jax.vmap(domain.forward))(y)
+    np.testing.assert_allclose(jax.jit(jax.vmap(domain.inverse))(x), y, rtol=1e-9, atol=1e-9)
     # On a simplex the volume is that of all components but the last.
-    jacobian = jax.vmap(jax.jacobian(lambda v: domain.forward(v)[0][:size]))(y)
-    np.testing.assert_allclose(log_volume, jnp.linalg.slogdet(jacobian)[1], rtol=1e-9, atol=1e-9)
+    jacobian = jax.jit(jax.vmap(jax.jacobian(lambda v: domain.forward(v)[0][:size])))(y)
+    expected = np.linalg.slogdet(np.asarray(jacobian))[1]
+    np.testing.assert_allclose(log_volume, expected, rtol=1e-9, atol=1e-9)
     # Far out nothing is undefined.
     for far in (-50.0, 50.0):
-        value, gradient = jax.value_and_grad(lambda v: domain.forward(v)[1])(jnp.full(size, far))
-        assert np.isfinite(value)
-        assert np.all(np.isfinite(gradient))
+        volume = jax.jit(jax.value_and_grad(lambda v: domain.forward(v)[1]))(jnp.full(size, far))
+        assert all(np.all(np.isfinite(part)) for part in volume)
 
 
 # Folded kernels: detailed balance, image by image.
@@ -145,9 +144,7 @@ def balance_error(monkeypatch, name, *, num_pairs=200):
         return log_pi + log_q + jnp.log(info.acceptance_rate), new, info.acceptance_rate
 
     def compare(x, z):
-        y, mirror = domain.fold(z), jax.vmap(jax.grad(lambda v: domain.fold(v).sum()))
-        sign = jax.grad(lambda v: domain.fold(v).sum())(z)
-        del mirror
+        y, sign = domain.fold(z), jax.grad(lambda v: domain.fold(v).sum())(z)
         forward, new, rate = log_flow(x, z)
         backward, old, rate_back = log_flow(y, y + sign * (x - z))
         gradient = jax.grad(tilted_energy, 1)(1.1, y)
@@ -159,8 +156,8 @@ def balance_error(monkeypatch, name, *, num_pairs=200):
     x = jax.random.uniform(keys[0], (num_pairs, 2), minval=low, maxval=high)
     z = x + 1.5 * jax.random.normal(keys[1], x.shape)
     error, miss, rate, rate_back = jax.jit(jax.vmap(compare))(x, z)
-    assert np.mean(domain.fold(z) != z) > 0.4
-    assert np.mean((rate < 1.0) | (rate_back < 1.0)) > 0.9
+    assert np.mean(domain.fold(z) != z) > 0.25
+    assert np.mean((rate < 1.0) | (rate_back < 1.0)) > 0.5
     return np.abs(error).max(), miss.max()
 
 
@@ -175,7 +172,7 @@ def test_the_check_sees_a_gradient_that_is_not_turned(monkeypatch, x64):
     monkeypatch.setattr(
         constrained_module.jax, "linearize", lambda f, x: (f(x), lambda vector: vector)
     )
-    error, miss = balance_error(monkeypatch, "box")
+    _, miss = balance_error(monkeypatch, "box")
     assert miss > 1e-2
 
 
@@ -214,7 +211,7 @@ KERNELS = {
 
 
 def invariance_z_scores(kernel, law):
-    domain, (low, high), energy_fn, features = LAWS[law]
+    _, (low, high), energy_fn, features = LAWS[law]
     grid = np.linspace(low, high, 20_001)
     density = np.exp(-np.asarray(energy_fn((), grid), np.float64))
     cdf = np.append(0.0, np.cumsum(0.5 * (density[1:] + density[:-1])))
@@ -347,11 +344,11 @@ def dirichlet_energy(params, x):
 def dirichlet_integrals():
     """∫ exp(-E) and the means of x and x² under it, in the plane of the log-ratios."""
     law = unconstrain(dirichlet_energy, simplex())
-    axis = jnp.linspace(-45.0, 45.0, 451)
-    y = jnp.stack(jnp.meshgrid(axis, axis), -1).reshape(-1, 2)
-    density = jnp.exp(-jax.vmap(law.energy, (None, 0))(jnp.asarray(CONCENTRATION), y))
-    x = jax.vmap(law.forward)(y)
-    area = float(axis[1] - axis[0]) ** 2
+    axis = np.linspace(-45.0, 45.0, 301)
+    y = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)
+    evaluate = jax.jit(jax.vmap(lambda v: (law.energy(CONCENTRATION, v), law.forward(v))))
+    energy, x = (np.asarray(part) for part in evaluate(y))
+    density, area = np.exp(-energy), float(axis[1] - axis[0]) ** 2
     total = density.sum() * area
     moments = [(density[:, None] * x**k).sum(0) * area / total for k in (1, 2)]
     return total, *moments
@@ -372,9 +369,10 @@ def test_a_law_on_a_box_by_quadrature(x64, name):
     low, high = BOXES[name]
     energy_fn = lambda params, x: 0.5 * (x - params) ** 2  # noqa: E731
     law = unconstrain(energy_fn, box(low, high))
-    y = jnp.linspace(-40.0, 40.0, 8001)
-    density = jnp.exp(-jax.vmap(law.energy, (None, 0))(0.3, y))
-    x, width = jax.vmap(law.forward)(y), float(y[1] - y[0])
+    y = np.linspace(-40.0, 40.0, 8001)
+    evaluate = jax.jit(jax.vmap(lambda v: (law.energy(0.3, v), law.forward(v))))
+    energy, x = (np.asarray(part) for part in evaluate(y))
+    density, width = np.exp(-energy), y[1] - y[0]
     expected = scipy.stats.truncnorm(low - 0.3, high - 0.3, loc=0.3)
     total = math.sqrt(2 * math.pi) * (
         scipy.stats.norm.cdf(high - 0.3) - scipy.stats.norm.cdf(low - 0.3)
@@ -430,14 +428,13 @@ def test_each_part_of_a_position_may_have_its_own_domain(x64):
     energy_fn = lambda p, x: jnp.cos(x["angle"]) + jnp.sum(x["rest"][0]) + x["rest"][1] ** 2  # noqa: E731
     start = {"angle": jnp.array(6.2), "rest": (jnp.array([0.1, 0.9]), jnp.array(0.5))}
     kernel = folded(mala(step_size=0.8), domains)
-    state = kernel.init(energy_fn, (), start)
-    state, info = run_chain(jax.random.key(0), kernel, energy_fn, (), state, 50)
+    run = jax.jit(lambda state: run_chain(jax.random.key(0), kernel, energy_fn, (), state, 50))
+    state, info = run(jax.jit(lambda x: kernel.init(energy_fn, (), x))(start))
     assert 0.0 <= state.position["angle"] < 2.0 * math.pi
     assert all(np.all((leaf >= 0) & (leaf <= 1)) for leaf in state.position["rest"])
     gradient = jax.grad(energy_fn, 1)((), state.position)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), gradient, state.gradient
-    )
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)  # noqa: E731
+    jax.tree.map(close, gradient, state.gradient)
     assert info.is_finite == 1.0
 
     domains = {"weights": simplex(), "scale": box(0.0, math.inf), "free": reals()}
@@ -449,7 +446,7 @@ def test_each_part_of_a_position_may_have_its_own_domain(x64):
     law = unconstrain(lambda params, x: jnp.zeros(()), domains)
     y = law.inverse(x)
     assert jax.tree.map(jnp.shape, y) == {"weights": (2, 2), "scale": (), "free": (2,)}
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), law.forward(y), x)
+    jax.tree.map(close, law.forward(y), x)
     volumes = [simplex().forward(row)[1] for row in y["weights"]]
     np.testing.assert_allclose(-law.energy((), y), sum(volumes) + math.log(2.0), rtol=1e-12)
 

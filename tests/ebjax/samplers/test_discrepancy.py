@@ -75,8 +75,8 @@ def test_stein_has_mean_zero_for_exact_draws_and_no_other(name):
         "banana": lambda: targets.banana(curvature=0.3, scale=1.5),
         "double_well": lambda: targets.double_well(tilt=0.8, quadratic=2.0),
     }[name]()
-    draws = jax.vmap(target.sample)(jax.random.split(jax.random.key(0), 200 * 50))
-    groups = draws.reshape(200, 50, *target.event_shape)
+    draws = jax.vmap(target.sample)(jax.random.split(jax.random.key(0), 400 * 50))
+    groups = draws.reshape(400, 50, *target.event_shape)
 
     def scores(energy_fn):
         stein = lambda x: diagnostics.kernel_stein_discrepancy(  # noqa: E731

@@ -7,15 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ebjax.samplers.smc import FeynmanKac, RESAMPLERS, feynman_kac, log_z_variance
+from ebjax.samplers.smc import RESAMPLERS, FeynmanKac, feynman_kac, log_z_variance
 
 module = importlib.import_module("ebjax.samplers.smc.feynman_kac")
 
 INITIAL = np.array([0.7, 0.3])
 TRANSITION = np.array([[0.8, 0.2], [0.3, 0.7]])
 # log G_t(previous, current): not symmetric in anything.
-LOG_POTENTIAL = np.log(np.array([[[1.0, 1.0], [0.4, 0.4]], [[0.2, 2.0], [1.5, 0.6]], [[3.0, 0.1], [0.5, 1.0]], [[0.7, 1.9], [0.2, 1.1]]]))  # fmt: skip
-NUM_STEPS, NUM_PARTICLES, NUM_RUNS = 3, 4, 100_000
+POTENTIAL = [
+    [[1.0, 1.0], [0.4, 0.4]],
+    [[0.2, 2.0], [1.5, 0.6]],
+    [[3.0, 0.1], [0.5, 1.0]],
+    [[0.7, 1.9], [0.2, 1.1]],
+]
+LOG_POTENTIAL = np.log(POTENTIAL)
+NUM_STEPS, NUM_PARTICLES, NUM_RUNS = 3, 4, 50_000
 
 
 def exact_z():
@@ -60,7 +66,7 @@ def z_score(z):
     return (z.mean() - exact_z()) / (z.std() / np.sqrt(z.size))
 
 
-@pytest.mark.parametrize("ess_threshold", [0.0, 0.8, 1.0])
+@pytest.mark.parametrize("ess_threshold", [0.8, 1.0])
 @pytest.mark.parametrize("method", RESAMPLERS)
 def test_z_is_unbiased(method, ess_threshold):
     assert abs(z_score(many_runs(method, ess_threshold)[0])) < 5.0

@@ -51,7 +51,7 @@ class _Worker:
     def __init__(self, variant: Variant):
         self.variant = variant
         self.seconds: list[float] = []
-        self.facts: dict[str, float] = {}
+        self.facts: list[dict[str, float]] = []
         self._process = subprocess.Popen(
             [sys.executable, "-m", "launch.benchmarks.worker"],
             stdin=subprocess.PIPE,
@@ -78,11 +78,15 @@ class _Worker:
         """One round."""
         answer = self._ask("run")
         self.seconds.append(answer["seconds"])
-        self.facts = answer["facts"]
+        self.facts.append(answer["facts"])
 
     def rates(self) -> list[float]:
         """Units of work a second, by round."""
         return [self.variant.work / seconds for seconds in self.seconds]
+
+    def figures(self, fact: str) -> list[float]:
+        """A measured figure, or the rate, by round."""
+        return [facts[fact] for facts in self.facts] if fact else self.rates()
 
     def close(self) -> None:
         """Ends the process."""
@@ -124,7 +128,7 @@ def run_suite(
             "name": worker.variant.name,
             "rates": worker.rates(),
             "compile_seconds": worker.start["warm_up_seconds"],
-            "facts": worker.facts,
+            "facts": worker.facts[-1],
             "note": worker.start["note"],
         }
         for worker in workers.values()
@@ -138,10 +142,13 @@ def _compare(suite: Suite, workers: dict[str, _Worker], console: Console) -> lis
     for comparison in suite.comparisons:
         if comparison.name not in workers or comparison.peer not in workers:
             continue
-        own, peer = (workers[name].rates() for name in (comparison.name, comparison.peer))
+        own, peer = (
+            workers[name].figures(comparison.fact) for name in (comparison.name, comparison.peer)
+        )
         ratio = statistics.median(a / b for a, b in zip(own, peer, strict=True))
         comparisons.append({**comparison._asdict(), "ratio": ratio})
-        line = f"{comparison.name} vs {comparison.peer} ratio={ratio:.2f}"
+        of_what = f" {comparison.fact}" if comparison.fact else ""
+        line = f"{comparison.name} vs {comparison.peer}{of_what} ratio={ratio:.2f}"
         if comparison.group:
             groups[comparison.group, comparison.bar].append(ratio)
         else:
@@ -151,6 +158,11 @@ def _compare(suite: Suite, workers: dict[str, _Worker], console: Console) -> lis
         mean = statistics.geometric_mean(ratios)
         line = f"{group}, geometric mean of {len(ratios)} ratio={mean:.2f} bar={bar:g}"
         console.print(line, highlight=False)
+    for limit in suite.limits:
+        if limit.name in workers:
+            figure = workers[limit.name].facts[-1][limit.fact]
+            line = f"{limit.name} {limit.fact}={figure:.3g} at most {limit.bar:g}"
+            console.print(line, highlight=False)
     return comparisons
 
 
@@ -167,7 +179,7 @@ def _print_table(suite: Suite, workers: dict[str, _Worker], console: Console) ->
             worker.variant.name,
             *(f"{number:,.4g}" if number < 1e5 else f"{number / 1e6:.3f} M" for number in numbers),
             f"{worker.start['warm_up_seconds']:.1f}",
-            ", ".join(f"{name} {value:.3g}" for name, value in worker.facts.items()),
+            ", ".join(f"{name} {value:.3g}" for name, value in worker.facts[-1].items()),
         )
     console.print(table)
 

@@ -123,7 +123,7 @@ def from_numpyro(
     except ImportError as error:
         raise ImportError(
             "from_numpyro needs numpyro: pip install numpyro (or the extra: pip install "
-            "ebjax[bench])."
+            "ebjax[numpyro])."
         ) from error
     key = jax.random.key(0) if key is None else key
     # It knows a batch of keys by the axes before the words of one.

@@ -132,7 +132,7 @@ def probe(
     _, high, _ = value_and_gradient(energy_fn, params, jnp.ones(shape, dtype))
     degree = num_neighbours(shape, periodic)
     slopes = (high - low) / jnp.maximum(degree, 1).astype(dtype)
-    slope = jnp.sum(high - low) / degree.sum()
+    slope = jnp.sum(high - low) / float(degree.sum())
     spread = jnp.max(jnp.abs(slopes - slope))
     scale = jnp.max(jnp.abs(slopes)) + jnp.max(jnp.abs(low)) * jnp.finfo(dtype).eps
     return Couplings(energy, low, slope, spread <= _TOLERANCE * scale)
@@ -225,7 +225,9 @@ def _step(
         colors = list(colors)
         for color in (0, 1):
             threshold = site_thresholds(table[color], colors[1 - color], color, periodic)
-            colors[color] = (words[color] < threshold).astype(position.dtype)
+            drawn = (words[color] < threshold).astype(position.dtype)
+            # Else XLA draws a spin again for each neighbour that reads it.
+            colors[color] = jax.lax.optimization_barrier(drawn)
         return tuple(colors)
 
     colors = pack(position)

@@ -30,11 +30,12 @@ def value_and_gradient(
       ValueError: if the energy is not a scalar.
     """
     if hasattr(energy_fn, "evaluate"):
-        parts = energy_fn.evaluate(params, position, with_gradient=True)
-        return *energy_fn.assemble(params, parts), parts
-    energy, gradient = jax.value_and_grad(
-        lambda x: _scalar(energy_fn(params, x)), allow_int=False
-    )(position)
+        in_parts: Any = energy_fn
+        parts = in_parts.evaluate(params, position, with_gradient=True)
+        return *in_parts.assemble(params, parts), parts
+    energy, gradient = jax.value_and_grad(lambda x: _scalar(energy_fn(params, x)), allow_int=False)(
+        position
+    )
     return energy, gradient, ()
 
 
@@ -45,8 +46,9 @@ def value(energy_fn: EnergyFn, params: Params, position: Position) -> tuple[jax.
       ValueError: if the energy is not a scalar.
     """
     if hasattr(energy_fn, "evaluate"):
-        parts = energy_fn.evaluate(params, position, with_gradient=False)
-        return energy_fn.assemble(params, parts)[0], parts
+        in_parts: Any = energy_fn
+        parts = in_parts.evaluate(params, position, with_gradient=False)
+        return in_parts.assemble(params, parts)[0], parts
     return _scalar(energy_fn(params, position)), ()
 
 

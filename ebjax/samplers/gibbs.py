@@ -150,12 +150,14 @@ def _gibbs_step(
 def _update_site(energy_fn, params, state, site, uniform, num_categories, temperature):
     """Draws one site from its conditional law. The first entry is the value that it has."""
     sites, restore = as_sites(state.position, num_categories)
+    # A selection and not `.at[site].set`: XLA's CPU compiler (jaxlib 0.10.2) loses rows that are
+    # rolled, updated in place and gathered again, where there is no batch.
+    is_here = jnp.arange(len(sites)) == site
     if num_categories is None:
-        others = jnp.stack([sites.at[site].set(1.0 - sites[site])])
+        others = jnp.where(is_here, 1.0 - sites, sites)[None]
     else:
-        shifts = range(1, num_categories)
-        rolled = [sites.at[site].set(jnp.roll(sites[site], shift)) for shift in shifts]
-        others = jnp.stack(rolled)
+        shifted = [jnp.roll(sites, shift, axis=-1) for shift in range(1, num_categories)]
+        others = jnp.stack([jnp.where(is_here[:, None], other, sites) for other in shifted])
 
     def candidate(sites):
         position = restore(sites)

@@ -186,7 +186,10 @@ def _step(
 
 
 def polynomial_decay(
-    initial: float | jax.Array, *, offset: float | jax.Array, power: float | jax.Array = 0.55
+    initial: float | jax.Array,
+    *,
+    offset: float | jax.Array = 1.0,
+    power: float | jax.Array = 0.55,
 ) -> Schedule:
     """The step size ``h_t = h_0 (1 + t / b)^-γ``, which is ``a (b + t)^-γ`` with ``a = h_0 b^γ``.
 

@@ -25,12 +25,12 @@ class StreamingMoments(NamedTuple):
     """First two moments of the positions, raveled to [D].
 
     Attributes:
-      count: [] how many positions.
+      num_positions: [] how many.
       mean: [D].
-      covariance: [D] variances or [D, D], with the divisor count - 1; NaN for one position.
+      covariance: [D] variances or [D, D], with the divisor n - 1; NaN for one position.
     """
 
-    count: jax.Array
+    num_positions: jax.Array
     mean: jax.Array
     covariance: jax.Array
 
@@ -44,7 +44,7 @@ def moments(*, dense: bool = False) -> Reducer:
     ...                (), jnp.zeros((100, 2)), num_samples=500, keep_positions=False,
     ...                reducers={"moments": moments()})
     >>> pooled = pool_moments(draws.reduced["moments"])
-    >>> int(pooled.count), bool(jnp.all(abs(pooled.covariance - 1.0) < 0.1))
+    >>> int(pooled.num_positions), bool(jnp.all(abs(pooled.covariance - 1.0) < 0.1))
     (50000, True)
     """
     return Reducer(
@@ -67,12 +67,12 @@ def _moments(state: WelfordState) -> StreamingMoments:
 
 def pool_moments(reduced: StreamingMoments) -> StreamingMoments:
     """Moments of the union of several chains, from theirs [C, ...]."""
-    total = reduced.count.sum()
-    mean = jnp.einsum("c,cd->d", reduced.count, reduced.mean) / total
+    total = reduced.num_positions.sum()
+    mean = jnp.einsum("c,cd->d", reduced.num_positions, reduced.mean) / total
     apart = reduced.mean - mean
     products = "c,ci,cj->ij" if reduced.covariance.ndim == 3 else "c,ci,ci->i"
-    between = jnp.einsum(products, reduced.count, apart, apart)
-    within = jnp.einsum("c,c...->...", reduced.count - 1, reduced.covariance)
+    between = jnp.einsum(products, reduced.num_positions, apart, apart)
+    within = jnp.einsum("c,c...->...", reduced.num_positions - 1, reduced.covariance)
     return StreamingMoments(total, mean, (within + between) / (total - 1))
 
 

@@ -127,7 +127,7 @@ def parallel_tempering(
         raise ValueError(f"num_local_steps is {num_local_steps}; it must be at least 1.")
     if isinstance(kernel, Kernel) != (step_size is None):
         raise ValueError(
-            f"step_size is {step_size}; give it where kernel makes kernels, and only there."
+            f"step_size is {step_size!r}; give it where kernel makes kernels, and only there."
         )
     options = {
         "kernel": kernel,
@@ -135,7 +135,9 @@ def parallel_tempering(
         "step_size": None if step_size is None else _hashable(step_size),
         "is_path": is_path,
     }
-    made = kernel if isinstance(kernel, Kernel) else kernel(step_size=_first(step_size))
+    made = kernel
+    if not isinstance(made, Kernel):
+        made = made(step_size=jnp.ravel(jnp.asarray(options["step_size"]))[0])
     count = None
     if made.num_evaluations is not None:
         count = made.num_evaluations * num_local_steps * np.shape(ladder)[0]
@@ -167,14 +169,10 @@ def _hashable(numbers: npt.ArrayLike) -> Any:
     return tuple(host.tolist()) if host.ndim else float(host)
 
 
-def _first(step_size: npt.ArrayLike) -> Any:
-    return jnp.ravel(jnp.asarray(step_size))[0]
-
-
 class _Replicas(NamedTuple):
     """The inner kernels with their path: functions over [R] replicas."""
 
-    path: EnergyFn
+    path: Any  # an EnergyFn, perhaps with the methods of a path
     betas: jax.Array
     step_sizes: jax.Array | None
     kernel: Any
@@ -328,7 +326,7 @@ def _count(replicas: _Replicas, info: Any, num: int) -> jax.Array:
     if hasattr(info, "num_evaluations"):
         return info.num_evaluations.sum(dtype=jnp.int32)
     made = replicas.kernel_of(None if replicas.step_sizes is None else replicas.step_sizes[0])
-    return jnp.array(made.num_evaluations * num, jnp.int32)
+    return jnp.array((made.num_evaluations or 0) * num, jnp.int32)
 
 
 def swap_log_ratios(
@@ -424,8 +422,9 @@ def tune_ladder(
     if target_acceptance is not None and step_size is None:
         raise ValueError("target_acceptance needs a step_size, and a kernel that is made with one.")
     ladder = jnp.asarray(inverse_temperatures, jnp.result_type(float))
+    step_sizes = None
     if step_size is not None:
-        step_size = jnp.broadcast_to(jnp.asarray(step_size, ladder.dtype), ladder.shape)
+        step_sizes = jnp.broadcast_to(jnp.asarray(step_size, ladder.dtype), ladder.shape)
     arrays, rest = split_arrays(kernel)
     options = {
         "rest": rest,
@@ -434,22 +433,21 @@ def tune_ladder(
         "is_path": is_path,
         "target_acceptance": target_acceptance,
     }
-    states = _start_groups(arrays, params, initial_positions, ladder, step_size, **options)
-    rates = None
+    states = _start_groups(arrays, params, initial_positions, ladder, step_sizes, **options)
+    rates = jnp.zeros(ladder.size - 1, ladder.dtype)
     for round_index in range(num_rounds):
         round_key = jax.random.fold_in(key, round_index)
-        states, next_ladder, step_size, rates = _tuning_round(
+        states, ladder, step_sizes, rates = _tuning_round(
             round_key,
             arrays,
             params,
             states,
             ladder,
-            step_size,
+            step_sizes,
             num_steps=num_steps * 2**round_index,
             **options,
         )
-        ladder = next_ladder
-    return TunedLadder(ladder, step_size, rates, rates.sum(), states.position)
+    return TunedLadder(ladder, step_sizes, rates, rates.sum(), states.position)
 
 
 _STATIC = ("rest", "energy_fn", "num_local_steps", "is_path", "target_acceptance")

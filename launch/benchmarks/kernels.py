@@ -28,10 +28,11 @@ STEP_SIZES = {
 
 
 def _target(name: str) -> Any:
-    return {
+    laws: dict[str, Callable[[], Any]] = {
         "mixture": targets.forty_gaussians,
         "gaussian": targets.ill_conditioned_gaussian,
-    }[name]()
+    }
+    return laws[name]()
 
 
 def _start(target: Any, num_chains: int, seed: int) -> jax.Array:

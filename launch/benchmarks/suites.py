@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["SUITES", "Comparison", "Suite", "Variant"]
+__all__ = ["SUITES", "Comparison", "Limit", "Suite", "Variant"]
 
 
 class Variant(NamedTuple):
@@ -32,13 +32,23 @@ class Variant(NamedTuple):
 class Comparison(NamedTuple):
     """A ratio of rates with a bar: ``name`` over ``peer`` must be at least ``bar``.
 
-    The ratios of one ``group`` have no bar of their own but one of their geometric mean.
+    The ratios of one ``group`` have no bar of their own but one of their geometric mean. With a
+    ``fact`` that measured figure is compared and not the rate.
     """
 
     name: str
     peer: str
     bar: float
     group: str = ""
+    fact: str = ""
+
+
+class Limit(NamedTuple):
+    """A measured figure with a bar: ``fact`` of ``name``, after the last round, at most ``bar``."""
+
+    name: str
+    fact: str
+    bar: float
 
 
 class Suite(NamedTuple):
@@ -49,12 +59,14 @@ class Suite(NamedTuple):
       unit: of work.
       variants: the rows.
       comparisons: the ratios.
+      limits: figures with a bar of their own.
     """
 
     about: str
     unit: str
     variants: tuple[Variant, ...]
     comparisons: tuple[Comparison, ...]
+    limits: tuple[Limit, ...] = ()
 
 
 def _langevin() -> Suite:
@@ -257,10 +269,38 @@ def _kernels() -> dict[str, Suite]:
     }
 
 
+def _ess() -> Suite:
+    cases = {"4-chains": (4, 1_000, 1_000), "100-chains": (100, 300, 300)}
+    variants, comparisons = [], []
+    for case, (num_chains, num_warmup, num_samples) in cases.items():
+        options = {
+            "num_chains": num_chains,
+            "num_warmup": num_warmup,
+            "num_samples": num_samples,
+        }
+        # numpyro's vectorised chains take minutes where there are a hundred.
+        peers = ("blackjax", "numpyro") if num_chains < 10 else ("blackjax",)
+        variants += [
+            Variant(f"{name}-{case}", "effective", f"{name}_nuts", options, 1)
+            for name in ("ebjax", *peers)
+        ]
+        comparisons += [
+            Comparison(f"ebjax-{case}", f"{peer}-{case}", 1.0, fact="ess_a_second")
+            for peer in peers
+        ]
+    return Suite(
+        "NUTS after adaptation on a 100-d Gaussian with condition number 1e4",
+        "runs",
+        tuple(variants),
+        tuple(comparisons),
+    )
+
+
 SUITES: dict[str, Suite] = {
     "langevin": _langevin(),
     "gflownet_hypergrid": _gflownet_hypergrid(),
     "pcd_step": _pcd_step(),
     "dispatch": _dispatch(),
     **_kernels(),
+    "ess": _ess(),
 }

@@ -22,6 +22,8 @@ INSTALL = {
     "torchgfn": "pip install 'ebjax[bench]' && pip install --no-deps torchgfn",
     "torchebm": "pip install 'ebjax[bench]'",
     "blackjax": "pip install 'ebjax[bench]'",
+    "numpyro": "pip install 'ebjax[bench]'",
+    "thrml": "pip install 'ebjax[bench]'",
 }
 
 

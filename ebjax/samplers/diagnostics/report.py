@@ -8,12 +8,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from ebjax.samplers.diagnostics.component import component_figures
 from ebjax.samplers.diagnostics.convergence import (
     check_draws,
-    component_figures,
     effective_sample_size,
     map_jitted,
 )
@@ -170,7 +169,7 @@ def efficiency(
         seconds=seconds,
         ess_per_step=ess / (num_draws * num_chains * thinning),
         ess_per_second=ess / seconds,
-        ess_per_evaluation=ess / float(np.sum(samples.num_evaluations, dtype=np.float64)),
+        ess_per_evaluation=ess / float(np.asarray(samples.num_evaluations).sum(dtype=np.float64)),
         compile_seconds=max(middle - start - seconds, 0.0),
     )
 

@@ -96,13 +96,13 @@ class _Carry(NamedTuple):
 
 
 class _Problem(NamedTuple):
-    """What does not change during a run, with ``index`` [N] the global indices of particles."""
+    """What does not change during a run, with ``indices`` [N] the global ones of particles."""
 
     key: jax.Array
     kernel: Any
-    path: EnergyFn
+    path: Any  # an EnergyFn, perhaps with the methods of a path
     params: Params
-    index: jax.Array
+    indices: jax.Array
     settings: Settings
     axis_name: str | None
 
@@ -177,7 +177,14 @@ def _run_adaptive(problem: _Problem, carry: _Carry):
     num, dtype = problem.settings.max_num_temperatures, carry.beta.dtype
     nothing = jnp.full(num, jnp.nan, dtype)
     info = TemperatureInfo(
-        jnp.ones(num, dtype), *[nothing] * 5, jnp.zeros(num, bool), jnp.ones(num, bool)
+        inverse_temperature=jnp.ones(num, dtype),
+        ess=nothing,
+        conditional_ess=nothing,
+        log_z=nothing,
+        acceptance_rate=nothing,
+        step_size=nothing,
+        is_resampled=jnp.zeros(num, bool),
+        is_finite=jnp.ones(num, bool),
     )
 
     def body(loop):
@@ -276,7 +283,7 @@ def _advance(problem: _Problem, carry: _Carry, t: jax.Array, choose_beta):
     return carry, info
 
 
-def _is_cached(path: EnergyFn, states: Any) -> bool:
+def _is_cached(path: Any, states: Any) -> bool:
     """Whether states keep what gives their energies and gradients at every β."""
     return hasattr(path, "evaluate") and hasattr(states, "parts") and hasattr(states, "energy")
 
@@ -334,7 +341,7 @@ class _Moves(NamedTuple):
 def _move(problem: _Problem, key, beta, step_size, options, states):
     """Markov steps at β; with ``waste_free`` the states of all of them, starts included."""
     settings, dtype = problem.settings, beta.dtype
-    index, num_moves = problem.index, settings.num_mcmc_steps
+    index, num_moves = problem.indices, settings.num_mcmc_steps
     length = settings.num_mcmc_steps
     if settings.waste_free:
         index, num_moves = index[::length] // length, length - 1
@@ -393,7 +400,7 @@ def _resample_starts(key: jax.Array, problem: _Problem, population: Population):
     )
     num_chains = log_weights.size // length
     ancestors = RESAMPLERS[problem.settings.resampling](key, log_weights, num_chains)
-    ancestors = ancestors[problem.index[::length] // length]
+    ancestors = ancestors[problem.indices[::length] // length]
     particles, eves = jax.tree.map(lambda leaf: leaf[ancestors], everyone)
     population = population._replace(
         particles=particles, eves=eves, num_resamplings=population.num_resamplings + 1

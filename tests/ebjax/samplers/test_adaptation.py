@@ -286,8 +286,9 @@ def test_shapes_on_pytrees_pooled_or_not(metric):
 
 def test_a_chain_on_its_own_does_not_see_the_others(x64):
     run = functools.partial(warmup, jax.random.key(0), mala, skewed, 0.4, num_steps=30)
-    many = run(SKEWED_START, pooled=False)
-    first = jax.tree.map(lambda leaf: leaf[:1], SKEWED_START)
+    start = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), SKEWED_START)
+    many = run(start, pooled=False)
+    first = jax.tree.map(lambda leaf: leaf[:1], start)
     alone = run(first, pooled=False)
     shared = run(first, pooled=True)
     for one in (alone.step_size[0], shared.step_size):

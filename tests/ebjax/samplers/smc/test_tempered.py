@@ -335,23 +335,25 @@ def test_devices_do_not_matter(name, x64):
         )
 
     one = run(1)
-    for num_devices in (2, 8):
+    for num_devices in (2, 8) if name == "ladder" else (8,):
         chex.assert_trees_all_close(one, run(num_devices), rtol=1e-7, atol=1e-9)
 
 
 def test_a_path_without_parts_gives_the_same(x64):
     path, params = conjugate_path()
     plain = lambda params, x: path(params, x)  # noqa: E731
-    for kernel in (mala(step_size=0.1), langevin(step_size=0.1)):
-        for options in ({"inverse_temperatures": LADDER}, {"target_ess": 0.7}):
-            arguments = (params, prior_draws(64))
-            with_parts = smc_sample(jax.random.key(0), kernel, path, *arguments, **options)
-            without = smc_sample(jax.random.key(0), kernel, plain, *arguments, **options)
-            chex.assert_trees_all_close(
-                with_parts._replace(num_evaluations=0),
-                without._replace(num_evaluations=0),
-                rtol=1e-7,
-            )
+    for kernel, options in (
+        (mala(step_size=0.1), {"target_ess": 0.7}),
+        (langevin(step_size=0.1), {"inverse_temperatures": LADDER}),
+    ):
+        arguments = (params, prior_draws(64))
+        with_parts = smc_sample(jax.random.key(0), kernel, path, *arguments, **options)
+        without = smc_sample(jax.random.key(0), kernel, plain, *arguments, **options)
+        chex.assert_trees_all_close(
+            with_parts._replace(num_evaluations=0),
+            without._replace(num_evaluations=0),
+            rtol=1e-7,
+        )
 
 
 def test_evaluations_are_counted():

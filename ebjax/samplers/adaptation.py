@@ -181,8 +181,8 @@ def warmup(
       target_acceptance: in (0, 1); 0.8 suits HMC and NUTS, 0.57 MALA.
       metric: (static) ``"identity"``; ``"diagonal"`` or ``"dense"``, from the covariance of the
         positions; ``"variance_ratio"``, the diagonal ``sqrt(var x_i / var ∂E/∂x_i)``, known from
-        far fewer draws, exact where components are independent and Gaussian, and the better
-        one for strong correlations; the kernel's state must have a ``gradient``.
+        far fewer draws and exact where components are independent and Gaussian; the kernel's
+        state must have a ``gradient``.
       pooled: (static) whether all chains share one adaptation, or each has its own.
       harmonic: (static) aim with the harmonic mean of the chains' acceptances, and not with the
         arithmetic one: a smaller step size, for laws with places that are hard to leave.

@@ -25,12 +25,12 @@ class StreamingMoments(NamedTuple):
     """First two moments of the positions, raveled to [D].
 
     Attributes:
-      num_positions: [] how many.
+      num_points: [] how many.
       mean: [D].
       covariance: [D] variances or [D, D], with the divisor n - 1; NaN for one position.
     """
 
-    num_positions: jax.Array
+    num_points: jax.Array
     mean: jax.Array
     covariance: jax.Array
 
@@ -44,7 +44,7 @@ def moments(*, dense: bool = False) -> Reducer:
     ...                (), jnp.zeros((100, 2)), num_samples=500, keep_positions=False,
     ...                reducers={"moments": moments()})
     >>> pooled = pool_moments(draws.reduced["moments"])
-    >>> int(pooled.num_positions), bool(jnp.all(abs(pooled.covariance - 1.0) < 0.1))
+    >>> int(pooled.num_points), bool(jnp.all(abs(pooled.covariance - 1.0) < 0.1))
     (50000, True)
     """
     return Reducer(
@@ -62,17 +62,17 @@ def _add_to_moments(state: WelfordState, position: Position) -> WelfordState:
 
 
 def _moments(state: WelfordState) -> StreamingMoments:
-    return StreamingMoments(state.count, state.mean, welford_final(state))
+    return StreamingMoments(state.num_points, state.mean, welford_final(state))
 
 
 def pool_moments(reduced: StreamingMoments) -> StreamingMoments:
     """Moments of the union of several chains, from theirs [C, ...]."""
-    total = reduced.num_positions.sum()
-    mean = jnp.einsum("c,cd->d", reduced.num_positions, reduced.mean) / total
+    total = reduced.num_points.sum()
+    mean = jnp.einsum("c,cd->d", reduced.num_points, reduced.mean) / total
     apart = reduced.mean - mean
     products = "c,ci,cj->ij" if reduced.covariance.ndim == 3 else "c,ci,ci->i"
-    between = jnp.einsum(products, reduced.num_positions, apart, apart)
-    within = jnp.einsum("c,c...->...", reduced.num_positions - 1, reduced.covariance)
+    between = jnp.einsum(products, reduced.num_points, apart, apart)
+    within = jnp.einsum("c,c...->...", reduced.num_points - 1, reduced.covariance)
     return StreamingMoments(total, mean, (within + between) / (total - 1))
 
 

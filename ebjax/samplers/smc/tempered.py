@@ -49,8 +49,10 @@ class TemperedSamples(NamedTuple):
       log_weights: [N], of mean weight 1.
       log_z: [] estimate of log(Z_1 / Z_0); of log Z_1 where the base is normalised.
       log_z_standard_error: [] its standard error: from the islands where there are two or more,
-        else from the lines of descent of the one run (see ``log_z_variance``; for waste-free runs
-        from the spread between chains). It knows nothing of a mode that no particle has found.
+        else from the lines of descent of the one run (see ``log_z_variance``). It knows nothing of
+        a mode that no particle has found. For a waste-free run it is from the spread between
+        chains at each temperature, as if chains forgot where they started: where they cannot cross
+        between modes it is too small, and islands are the way to see it.
       info: ``TemperatureInfo``, each field [T]; [K, T] where K > 1. Rows past
         ``num_temperatures`` are empty.
       num_temperatures: [] int32, or [K], temperatures used.

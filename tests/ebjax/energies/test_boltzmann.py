@@ -45,7 +45,14 @@ def test_free_energy_and_log_z_are_sums_over_the_joint_law(x64, sizes):
 
 @pytest.mark.parametrize("sizes", [(3, 6), (6, 3)])
 def test_samples_of_either_layer(sizes):
-    params = jax.tree.map(lambda leaf: 3.0 * leaf, machine(*sizes, seed=1))
+    params = machine(*sizes, seed=1)
+    weights = 2.0 * params.weights
+    # Biases that nearly balance the weights: units are undecided alone and decided together.
+    params = RBMParams(
+        weights,
+        0.3 * params.visible_bias - 0.5 * weights.sum(1),
+        0.3 * params.hidden_bias - 0.5 * weights.sum(0),
+    )
     target = rbm_target(params)
     law = enumerate_law(rbm_free_energy, params, (sizes[0],))
     assert abs(target.log_z - float(law.log_z)) < 1e-4

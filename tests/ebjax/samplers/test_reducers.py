@@ -66,7 +66,7 @@ def test_pooled_moments(name):
     pooled = pool_moments(run().reduced[name])
     x = flat().reshape(-1, 3)
     covariance = np.cov(x.T)
-    assert pooled.num_positions == len(x)
+    assert pooled.num_points == len(x)
     np.testing.assert_allclose(pooled.mean, x.mean(0), rtol=1e-5, atol=1e-6)
     expected = covariance if name == "covariance" else np.diag(covariance)
     np.testing.assert_allclose(pooled.covariance, expected, rtol=1e-4, atol=1e-5)

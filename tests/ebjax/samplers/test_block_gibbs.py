@@ -284,11 +284,10 @@ def test_a_checkerboard_sweep_leaves_the_law_invariant(monkeypatch, x64, name):
 def test_the_checkerboard_check_sees_bugs(monkeypatch, x64):
     law, matrix = checkerboard_matrix(monkeypatch, "torus", temperature=1.0)
     assert np.abs(law @ matrix - law).max() > 1e-4
-    original = board._shifted
-    broken = lambda x, shift, axis, periodic: original(x, 1, axis, periodic)  # noqa: E731
-    monkeypatch.setattr(board, "_shifted", broken)
+    original = board._with_halo
+    monkeypatch.setattr(board, "_with_halo", lambda x, periodic: original(x, not periodic))
     with pytest.raises(AssertionError):
-        # The neighbours on the other side are forgotten; the energy of the info sees it at once.
+        # Neighbours across the border where there is none; the energy of the info sees it at once.
         checkerboard_matrix(monkeypatch, "free")
 
 

@@ -74,7 +74,7 @@ def discrete_path():
     )
 
 
-def discrete_z_score(size=4, num=30_000, **options):
+def discrete_z_score(size=4, num=20_000, **options):
     """Deviation of the mean Z of many small populations, in standard errors."""
     particles = jax.random.randint(jax.random.key(1), (num * size,), 0, 3)
     options = {"inverse_temperatures": LADDER, "num_mcmc_steps": 2, **options}
@@ -94,12 +94,11 @@ def discrete_z_score(size=4, num=30_000, **options):
 @pytest.mark.parametrize(
     "options",
     [
-        {"ess_threshold": 0.0},
+        pytest.param({"ess_threshold": 0.0}, marks=pytest.mark.slow),
         {"ess_threshold": 0.7},
-        {"ess_threshold": 1.0},
-        {"ess_threshold": 1.0, "resampling": "multinomial"},
+        pytest.param({"ess_threshold": 1.0}, marks=pytest.mark.slow),
+        pytest.param({"ess_threshold": 1.0, "resampling": "multinomial"}, marks=pytest.mark.slow),
         {"waste_free": True},
-        {"inverse_temperatures": [1.0]},
     ],
     ids=str,
 )
@@ -119,8 +118,8 @@ def test_weighted_particles_follow_the_target():
     exact = np.exp(-DISCRETE_ENERGY) / np.exp(-DISCRETE_ENERGY).sum()
     for state in range(3):
         # Ratio estimate over islands, which are independent.
-        island = weights.reshape(30_000, 4)
-        hit = island * (np.asarray(result.particles).reshape(30_000, 4) == state)
+        island = weights.reshape(20_000, 4)
+        hit = island * (np.asarray(result.particles).reshape(20_000, 4) == state)
         residual = hit.sum(1) - exact[state] * island.sum(1)
         assert abs(residual.sum() / np.sqrt((residual**2).sum())) < 5.0
 
@@ -157,7 +156,9 @@ def _not_retempered(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("plant", [_not_reset, _moved_at_the_base, _not_retempered])
+@pytest.mark.parametrize(
+    "plant", [_not_reset, _moved_at_the_base, pytest.param(_not_retempered, marks=pytest.mark.slow)]
+)
 def test_the_check_sees_planted_bugs(monkeypatch, plant):
     plant(monkeypatch)
     assert abs(discrete_z_score(ess_threshold=1.0)[0]) > 5.0
@@ -178,7 +179,13 @@ def preconditioned(step_size, inverse_mass=None):
     return hmc(step_size=step_size, num_steps=3, inverse_mass=inverse_mass)
 
 
-@pytest.mark.parametrize("name", CONJUGATE_RUNS)
+def slow(name, slow_names):
+    return pytest.param(name, marks=pytest.mark.slow) if name in slow_names else name
+
+
+@pytest.mark.parametrize(
+    "name", [slow(name, ("adaptive", "dense", "islands")) for name in CONJUGATE_RUNS]
+)
 def test_log_z_of_a_conjugate_gaussian(name):
     path, params = conjugate_path()
     kernel = preconditioned if name == "dense" else mala
@@ -315,7 +322,7 @@ DEVICE_RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", DEVICE_RUNS)
+@pytest.mark.parametrize("name", [slow(name, ("waste_free", "islands")) for name in DEVICE_RUNS])
 def test_devices_do_not_matter(name, x64):
     path, params = conjugate_path()
     kernel = preconditioned if name == "adaptive" else mala

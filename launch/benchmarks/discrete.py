@@ -8,9 +8,8 @@
 Goshvadi et al., "DISCS: a benchmark for discrete sampling", NeurIPS 2023.
 """
 
-import importlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,17 +18,19 @@ import numpy as np
 
 from ebjax.energies.exact_lattice import kaufman_energy
 from ebjax.energies.lattice import ising_lattice, lattice_edges
+from ebjax.numerics import neighbouring_keys
 from ebjax.samplers.block_gibbs import block_gibbs
 from ebjax.samplers.checkerboard import checkerboard_blocks, checkerboard_gibbs
+from ebjax.samplers.diagnostics import effective_sample_size
 from ebjax.samplers.discrete_langevin import discrete_langevin
 from ebjax.samplers.gibbs import gibbs
 from ebjax.samplers.gibbs_with_gradients import gibbs_with_gradients
 from ebjax.samplers.path_auxiliary import path_auxiliary
 from ebjax.samplers.run import sample
 from ebjax.types import Kernel, Target
-from launch.benchmarks.workload import PeerMissing, Workload, compile_ahead
+from launch.benchmarks.workload import Workload, compile_ahead, import_peer
 
-__all__ = ["discs_ising", "effective_sample_sizes", "lattice_sweeps", "thrml_sweeps"]
+__all__ = ["KERNELS", "discs_ising", "discs_kernel", "lattice_sweeps", "thrml_sweeps"]
 
 
 def lattice_sweeps(
@@ -50,21 +51,21 @@ def lattice_sweeps(
         num_chains: chains C, from independent fair spins.
         num_sweeps: sweeps of one `run()`.
         seed: of the start and the noise.
-        algorithm: `"checkerboard"` (packed) or `"blocks"` (gradients, any graph).
+        algorithm: `"checkerboard"` (packed, ten sweeps a step) or `"blocks"` (by gradients).
         num_devices: local devices that the chains are spread over.
 
     Returns:
-        A workload that reports `energy_per_spin` (exact: `exact_energy_per_spin`).
+        A workload that reports `energy_error`: mean energy of a spin over the runs less Kaufman's exact one.
     """
     kernels: dict[str, Callable[[], Kernel]] = {
-        "checkerboard": checkerboard_gibbs,
-        "blocks": lambda: block_gibbs(blocks=checkerboard_blocks((side, side))),
+        "checkerboard": lambda: checkerboard_gibbs(num_sweeps=10),
+        "blocks": lambda: block_gibbs(blocks=checkerboard_blocks((side, side)).tolist()),
     }
-    kernel = kernels[algorithm]()
+    kernel, sweeps = kernels[algorithm](), 10 if algorithm == "checkerboard" else 1
     energy_fn = ising_lattice((side, side), coupling=coupling).energy
     start_key, key = jax.random.split(jax.random.key(seed))
     position = jax.random.bernoulli(start_key, 0.5, (num_chains, side, side)).astype(jnp.float32)
-    count = 0
+    count, energies = 0, []
 
     def run() -> Mapping[str, float]:
         nonlocal position, count
@@ -75,14 +76,12 @@ def lattice_sweeps(
             (),
             position,
             num_samples=1,
-            thinning=num_sweeps,
+            thinning=num_sweeps // sweeps,
             num_devices=num_devices,
         )
         position, count = jax.block_until_ready(draws.positions[0]), count + 1
-        return {
-            "energy_per_spin": _energy_per_spin(position),
-            "exact_energy_per_spin": kaufman_energy((side, side), coupling),
-        }
+        energies.append(_energy_per_spin(position))
+        return {"energy_error": float(np.mean(energies)) - kaufman_energy((side, side), coupling)}
 
     started = time.perf_counter()
     run()
@@ -105,11 +104,8 @@ def thrml_sweeps(
     Raises:
         PeerMissing: if thrml cannot be imported.
     """
-    try:
-        thrml = importlib.import_module("thrml")
-        models = importlib.import_module("thrml.models")
-    except ImportError as error:
-        raise PeerMissing("thrml", "pip install thrml") from error
+    thrml = import_peer("thrml", peer="thrml")
+    models = import_peer("thrml.models", peer="thrml")
     edges = lattice_edges((side, side))
     nodes = [thrml.SpinNode() for _ in range(side * side)]
     model = models.IsingEBM(
@@ -136,7 +132,7 @@ def thrml_sweeps(
     ]
     keys = jax.random.split(key, num_chains)
     compiled, warm_up_seconds = compile_ahead(jax.vmap(chain), keys, state)
-    count = 0
+    count, energies = 0, []
 
     def run() -> Mapping[str, float]:
         nonlocal state, count
@@ -145,7 +141,8 @@ def thrml_sweeps(
         flat = np.zeros((num_chains, side * side), np.float32)
         for sites, block in zip(order, state, strict=True):
             flat[:, sites] = np.asarray(block)
-        return {"energy_per_spin": _energy_per_spin(flat.reshape(-1, side, side))}
+        energies.append(_energy_per_spin(flat.reshape(-1, side, side)))
+        return {"energy_error": float(np.mean(energies)) - kaufman_energy((side, side), coupling)}
 
     return Workload(
         name=f"thrml block Gibbs, {num_chains} chains",
@@ -172,131 +169,85 @@ def discs_ising(
     return ising_lattice((side, side), coupling=coupling, field=fields, periodic=False)
 
 
-def discrete_kernels(shape: tuple[int, int]) -> dict[str, tuple[Kernel, int]]:
-    """Rows of the table: the kernel, and how many of its steps make one recorded step."""
-    return {
-        "Gibbs, one random site": (gibbs(), 1),
-        "Gibbs with gradients": (gibbs_with_gradients(), 1),
-        "Path auxiliary, fast, radius 10": (path_auxiliary(radius=10), 1),
-        "Path auxiliary, fresh, radius 5": (path_auxiliary(radius=5, is_fast=False), 1),
-        "Discrete Langevin, adjusted": (discrete_langevin(step_size=0.2), 1),
-        "Discrete Langevin, unadjusted (biased)": (
-            discrete_langevin(step_size=0.2, is_adjusted=False),
-            1,
-        ),
-        "Block Gibbs, two colours": (block_gibbs(blocks=checkerboard_blocks(shape)), 1),
-        "Checkerboard Gibbs": (checkerboard_gibbs(periodic=False), 1),
-    }
-
-
-def effective_sample_sizes(
+def discs_kernel(
     *,
+    kernel: str,
     side: int = 50,
     num_chains: int = 100,
-    num_steps: int = 10_000,
+    num_steps: int = 2_000,
     coupling: float = 0.5,
     field: float = 0.5,
     noise: float = 1.5,
     seed: int = 0,
-    kernels: Mapping[str, tuple[Kernel, int]] | None = None,
-) -> list[dict[str, Any]]:
-    """Effective sample sizes of the Hamming distance to a random state, all kernels.
-
-    Half of the steps are burn-in. The clock stops when the device is done; compiling is not
-    counted. An evaluation with its gradient counts once.
+) -> Workload:
+    """Effective sample size of the Hamming distance to a random state, all chains together.
 
     Args:
+        kernel: a name of `KERNELS`.
         side: of the lattice.
         num_chains: chains, from independent fair spins.
-        num_steps: steps of each chain, the burn-in included.
+        num_steps: recorded steps of each chain in one `run()`, which goes on from the last.
         coupling: λ.
         field: μ.
         noise: σ.
         seed: of law, start and noise.
-        kernels: name -> (kernel, steps between records); all of this library by default.
-
-    Returns:
-        Rows with `sampler`, `ess_per_step` (mean over chains of ESS / steps), `ess_per_second` (all
-        chains together), `ess_per_evaluation`, `acceptance_rate`, `mean_distance`, `seconds`.
     """
+    shape = (side, side)
+    made, num_burn_in = KERNELS[kernel][0](shape), KERNELS[kernel][1]
     target = discs_ising(side, coupling=coupling, field=field, noise=noise, seed=seed)
     reference_key, start_key, key = jax.random.split(jax.random.key(seed), 3)
-    shape = (side, side)
     reference = jax.random.bernoulli(reference_key, 0.5, shape)
-    start = jax.random.bernoulli(start_key, 0.5, (num_chains, *shape)).astype(jnp.float32)
-    rows = []
-    for name, (kernel, thinning) in (kernels or discrete_kernels(shape)).items():
-        row = _measure(kernel, thinning, target, reference, start, key, num_steps)
-        rows.append({"sampler": name, **row})
-    return rows
+    position = jax.random.bernoulli(start_key, 0.5, (num_chains, *shape)).astype(jnp.float32)
 
-
-def _measure(
-    kernel: Kernel,
-    thinning: int,
-    target: Target,
-    reference: jax.Array,
-    start: jax.Array,
-    key: jax.Array,
-    num_steps: int,
-) -> dict[str, float]:
-    num_chains, num_kept = len(start), num_steps // 2 // thinning
-
+    @jax.jit
     def record(key: jax.Array, state: Any) -> tuple[Any, jax.Array, jax.Array]:
         def step(state: Any, t: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
-            keys = jax.random.split(jax.random.fold_in(key, t), num_chains)
-            advance = jax.vmap(lambda k, s: kernel.step(k, target.energy, (), s))
-            for i in range(thinning):
-                keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i) if i else keys
-                state, info = advance(keys, state)
+            keys = neighbouring_keys(jax.random.fold_in(key, t), jnp.arange(num_chains))
+            state, info = jax.vmap(lambda k, s: made.step(k, target.energy, (), s))(keys, state)
             distance = jnp.sum(state.position != reference, axis=(1, 2))
-            rate = getattr(info, "acceptance_rate", jnp.ones(()))
-            return state, (distance, jnp.mean(rate))
+            return state, (distance, jnp.mean(getattr(info, "acceptance_rate", jnp.ones(()))))
 
-        state, (distances, rates) = jax.lax.scan(step, state, jnp.arange(num_kept))
-        return state, distances, jnp.mean(rates)
+        state, (distances, rates) = jax.lax.scan(step, state, jnp.arange(num_steps))
+        return state, distances.astype(jnp.float32), jnp.mean(rates)
 
-    state = jax.vmap(lambda x: kernel.init(target.energy, (), x))(start)
-    compiled, _ = compile_ahead(record, key, state)
-    state, _, _ = jax.block_until_ready(compiled(jax.random.fold_in(key, 0), state))
+    state = jax.vmap(lambda x: made.init(target.energy, (), x))(position)
     started = time.perf_counter()
-    outcome = jax.block_until_ready(compiled(jax.random.fold_in(key, 1), state))
-    seconds = time.perf_counter() - started
-    distances = np.asarray(outcome[1], np.float64)
-    sizes = effective_sizes(distances)
-    steps = num_kept * thinning
-    evaluations = steps * (kernel.num_evaluations or 1)
-    return {
-        "ess_per_step": float(sizes.mean() / steps),
-        "ess_per_second": float(sizes.sum() / seconds),
-        "ess_per_evaluation": float(sizes.mean() / evaluations),
-        "acceptance_rate": float(outcome[2]),
-        "mean_distance": float(distances.mean()),
-        "standard_error": float(distances.std() / np.sqrt(max(sizes.sum(), 1.0))),
-        "seconds": seconds,
-    }
+    for i in range(-(-num_burn_in // num_steps) + 1):
+        state = record(jax.random.fold_in(key, i), state)[0]
+    warm_up_seconds = time.perf_counter() - started
+    count = 0
+
+    def run() -> Mapping[str, float]:
+        nonlocal state, count
+        started = time.perf_counter()
+        run_key = jax.random.fold_in(jax.random.fold_in(key, 1_000_000), count)
+        state, distances, rate = jax.block_until_ready(record(run_key, state))
+        seconds = time.perf_counter() - started
+        count += 1
+        size = float(effective_sample_size(distances, method="mean"))
+        steps = num_steps * num_chains
+        return {
+            "ess_a_step": size / steps,
+            "ess_a_second": size / seconds,
+            "ess_an_evaluation": size / (steps * (made.num_evaluations or 1)),
+            "acceptance_rate": float(rate),
+            "mean_distance": float(distances.mean()),
+        }
+
+    return Workload(f"ebjax {kernel}", run, warm_up_seconds, "the warm-up holds the burn-in")
 
 
-def effective_sizes(values: np.ndarray) -> np.ndarray:
-    """[C] effective sizes of series [N, C], each with its own mean, by Geyer's initial positive
-    sequence of sums of neighbouring autocorrelations.
-    """
-    num = len(values)
-    centred = values - values.mean(axis=0)
-    spectrum = np.fft.rfft(centred, 2 * num, axis=0)
-    covariance = np.fft.irfft(np.abs(spectrum) ** 2, axis=0)[:num]
-    variance = np.where(covariance[0] > 0.0, covariance[0], 1.0)
-    pairs = (covariance / variance)[: num - num % 2].reshape(-1, 2, values.shape[1]).sum(axis=1)
-    is_positive = np.cumprod(pairs > 0.0, axis=0)
-    time_constant = np.maximum(2.0 * (pairs * is_positive).sum(axis=0) - 1.0, 1.0 / num)
-    return np.where(covariance[0] > 0.0, num / time_constant, 0.0)
-
-
-def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of `effective_sample_sizes` as a Markdown table."""
-    names = list(rows[0])
-    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
-    for row in rows:
-        cells = [value if isinstance(value, str) else f"{value:.4g}" for value in row.values()]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+# name -> (kernel for a shape, steps of burn-in)
+KERNELS: dict[str, tuple[Callable[[tuple[int, int]], Kernel], int]] = {
+    "gibbs": (lambda shape: gibbs(), 50_000),
+    "gibbs_with_gradients": (lambda shape: gibbs_with_gradients(), 20_000),
+    "path_auxiliary_fast": (lambda shape: path_auxiliary(radius=30), 2_000),
+    "path_auxiliary_fresh": (lambda shape: path_auxiliary(radius=5, is_fast=False), 2_000),
+    "discrete_langevin": (lambda shape: discrete_langevin(step_size=0.14), 2_000),
+    "discrete_langevin_unadjusted": (
+        lambda shape: discrete_langevin(step_size=0.14, is_adjusted=False),
+        2_000,
+    ),
+    "block_gibbs": (lambda shape: block_gibbs(blocks=checkerboard_blocks(shape).tolist()), 2_000),
+    "checkerboard_gibbs": (lambda shape: checkerboard_gibbs(periodic=False), 2_000),
+}

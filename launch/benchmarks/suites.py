@@ -296,6 +296,150 @@ def _ess() -> Suite:
     )
 
 
+def _ising() -> Suite:
+    shared = {"side": 64, "coupling": 0.3, "num_chains": 100, "num_sweeps": 100, "seed": 0}
+    rows: tuple[tuple[str, str, dict[str, Any], int], ...] = (
+        ("checkerboard", "lattice_sweeps", {}, 1),
+        ("checkerboard-2-devices", "lattice_sweeps", {"num_devices": 2}, 2),
+        ("blocks", "lattice_sweeps", {"algorithm": "blocks"}, 1),
+        ("thrml", "thrml_sweeps", {}, 1),
+    )
+    return Suite(
+        "Gibbs sweeps of a 64 x 64 Ising torus, K = 0.3, 100 chains",
+        "spin updates",
+        tuple(
+            Variant(name, "discrete", function, {**shared, **more}, 64 * 64 * 100 * 100, devices)
+            for name, function, more, devices in rows
+        ),
+        (Comparison("checkerboard", "thrml", 1.5), Comparison("blocks", "thrml", 1.0)),
+    )
+
+
+def _discs() -> Suite:
+    steps = {
+        "gibbs": 20_000,
+        "gibbs_with_gradients": 5_000,
+        "path_auxiliary_fast": 1_000,
+        "path_auxiliary_fresh": 500,
+        "discrete_langevin": 1_000,
+        "discrete_langevin_unadjusted": 1_000,
+        "block_gibbs": 1_000,
+        "checkerboard_gibbs": 1_000,
+    }
+    return Suite(
+        "Ising 50 x 50 with random fields, 100 chains: Hamming distance to a random state",
+        "chain-steps",
+        tuple(
+            Variant(name, "discrete", "discs_kernel", {"kernel": name, "num_steps": num}, 100 * num)
+            for name, num in steps.items()
+        ),
+        (),
+    )
+
+
+# Settings of each target: leapfrog steps, jitter, ladder (T, power), and those of `smc_sample`.
+_LOG_Z = {
+    "conjugate": {
+        "ladder": (64, 1.0),
+        "num_mcmc_steps": 5,
+        "step_size": 0.1,
+        "target_acceptance": 0.65,
+    },
+    "many_well": {
+        "ladder": (64, 1.0),
+        "num_mcmc_steps": 10,
+        "step_size": 0.1,
+        "target_acceptance": 0.65,
+    },
+    "mixture": {
+        "ladder": (128, 3.0),
+        "num_leapfrog": 5,
+        "num_mcmc_steps": 10,
+        "step_size": 5.0,
+        "target_acceptance": 0.65,
+    },
+    "funnel": {
+        "ladder": (128, 1.5),
+        "num_leapfrog": 5,
+        "jitter": 0.9,
+        "num_mcmc_steps": 20,
+        "step_size": 0.1,
+        "target_acceptance": 0.9,
+    },
+    "cox": {
+        "ladder": (64, 2.0),
+        "num_mcmc_steps": 2,
+        "step_size": 0.1,
+        "target_acceptance": 0.65,
+    },
+}
+
+
+def _log_z() -> Suite:
+    variants = [
+        Variant(
+            f"ebjax-{target}",
+            "populations",
+            "ebjax_log_z",
+            {"target": target, "num_particles": 2_000, **options},
+            1,
+        )
+        for target, options in _LOG_Z.items()
+    ]
+    many_well = {
+        "target": "many_well",
+        "num_particles": 2_000,
+        "step_size": 0.2,
+        "num_mcmc_steps": 5,
+        "ladder": (64, 1.0),
+    }
+    variants.append(
+        Variant("blackjax-many_well", "populations", "blackjax_log_z", many_well, 1),
+    )
+    bars = {"conjugate": 0.04, "many_well": 0.05, "mixture": 0.01, "funnel": 0.08}
+    return Suite(
+        "log Z by tempered SMC with HMC moves, 2,000 particles, a seed a round",
+        "estimates",
+        tuple(variants),
+        (Comparison("ebjax-many_well", "blackjax-many_well", 1.0),),
+        tuple(Limit(f"ebjax-{target}", "error", bar) for target, bar in bars.items()),
+    )
+
+
+def _smc() -> Suite:
+    variants, comparisons = [], []
+    for target, step_size in (("conjugate", 0.2), ("many_well", 0.2)):
+        shared = {
+            "target": target,
+            "num_particles": 2_000,
+            "step_size": step_size,
+            "num_mcmc_steps": 5,
+            "target_ess": 0.9,
+        }
+        variants += [
+            Variant(f"ebjax-{target}", "populations", "ebjax_log_z", shared, 1),
+            Variant(
+                f"ebjax-2-devices-{target}",
+                "populations",
+                "ebjax_log_z",
+                {**shared, "num_devices": 2},
+                1,
+                2,
+            ),
+            Variant(f"blackjax-{target}", "populations", "blackjax_log_z", shared, 1),
+        ]
+        comparisons += [
+            Comparison(f"{name}-{target}", f"blackjax-{target}", 1.5)
+            for name in ("ebjax", "ebjax-2-devices")
+        ]
+    return Suite(
+        "Adaptive tempered SMC, 2,000 particles, 5 HMC(10) steps of one size a temperature",
+        "estimates",
+        tuple(variants),
+        tuple(comparisons),
+    )
+
+
 SUITES: dict[str, Suite] = {
     "langevin": _langevin(),
     "gflownet_hypergrid": _gflownet_hypergrid(),
@@ -303,4 +447,8 @@ SUITES: dict[str, Suite] = {
     "dispatch": _dispatch(),
     **_kernels(),
     "ess": _ess(),
+    "ising": _ising(),
+    "discs": _discs(),
+    "log_z": _log_z(),
+    "smc": _smc(),
 }

@@ -55,7 +55,8 @@ def lattice_sweeps(
         num_devices: local devices that the chains are spread over.
 
     Returns:
-        A workload that reports `energy_error`: mean energy of a spin over the runs less Kaufman's exact one.
+        A workload that reports `energy_error`: mean energy of a spin over the runs, less the exact
+        one (Kaufman's).
     """
     kernels: dict[str, Callable[[], Kernel]] = {
         "checkerboard": lambda: checkerboard_gibbs(num_sweeps=10),

@@ -1,4 +1,4 @@
-"""What kernels do with energies that are wrong: an error on the host or a flag, never a NaN chain."""
+"""Energies that are wrong give an error on the host or a flag, and never a chain of NaN."""
 
 import jax
 import jax.numpy as jnp

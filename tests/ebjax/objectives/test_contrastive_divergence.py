@@ -16,7 +16,7 @@ from ebjax.samplers import langevin, mala
 module = importlib.import_module("ebjax.objectives.contrastive_divergence")
 
 ENERGY = mlp_energy((8,))
-STILL = langevin(step_size=0.0)  # chains that stay where they start
+STILL = langevin(step_size=np.zeros(()))  # chains that stay where they start
 MOVING = langevin(step_size=0.05)
 
 

@@ -300,7 +300,6 @@ def test_a_tuned_ladder_rejects_equally():
         ({"step_size": 0.1}, "step_size is 0.1"),
         ({"kernel": mala}, "step_size is None"),
     ],
-    ids=str,
 )
 def test_wrong_calls(options, match):
     options = {"kernel": mala(step_size=0.1), "inverse_temperatures": BETAS, **options}

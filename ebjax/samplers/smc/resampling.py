@@ -96,7 +96,7 @@ def _weights(log_weights: jax.Array) -> jax.Array:
 def _inverse_cdf(weights: jax.Array, heights: jax.Array) -> jax.Array:
     """The particle that holds each height of the cumulative weight, heights in [0, 1]."""
     cumulative = jnp.cumsum(weights)
-    index = jnp.searchsorted(cumulative, heights * cumulative[-1], side="right", method="sort")
+    index = jnp.searchsorted(cumulative, heights * cumulative[-1], side="right", method="scan")
     # Rounding can put the top height on the total; the particle there must have a weight.
     last = weights.size - 1 - jnp.argmax(weights[::-1] > 0.0)
     return jnp.minimum(index, last).astype(jnp.int32)
@@ -150,7 +150,7 @@ def residual(key: jax.Array, log_weights: jax.Array, num: int | None = None) -> 
     copies = jnp.floor(expected)
     slots = jnp.arange(num)
     certain = jnp.cumsum(copies.astype(jnp.int32))
-    kept = jnp.searchsorted(certain, slots, side="right", method="sort").astype(jnp.int32)
+    kept = jnp.searchsorted(certain, slots, side="right", method="scan").astype(jnp.int32)
     remaining = expected - copies
     # Only read where something remains, so its value where nothing does is free.
     remaining = jnp.where(jnp.any(remaining > 0.0), remaining, weights)

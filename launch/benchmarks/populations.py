@@ -4,9 +4,9 @@ Each `run()` is one estimate of log Z with a seed of its own; the facts are over
 log Z are those of normalised bases, so the truth is that of the target.
 
 - `conjugate`: N(0, I) in 10-d with a Gaussian likelihood, closed form;
-- `many_well`: 16 double wells (ManyWell-32), 164.6957;
+- `many_well`: 16 double wells (ManyWell-32), base N(0, I), 164.6957;
 - `mixture`: forty Gaussians in 2-D, base N(0, 40² I), 0;
-- `funnel`: Neal's in 10-d, 0;
+- `funnel`: Neal's in 10-d, base N(0, 5² I), 0;
 - `cox`: log-Gaussian Cox process on 40 x 40 cells with simulated counts, no known truth.
 """
 
@@ -49,7 +49,7 @@ def _problem(name: str) -> _Problem:
     laws: dict[str, tuple[Callable[[], Any], float]] = {
         "many_well": (targets.many_well, 1.0),
         "mixture": (targets.forty_gaussians, 40.0),
-        "funnel": (targets.funnel, 1.0),
+        "funnel": (targets.funnel, 5.0),
     }
     law, scale = laws[name]
     target = law()

@@ -12,9 +12,9 @@ import optax
 from ebjax.energies import mlp_energy, targets
 from ebjax.objectives import persistent_contrastive_divergence
 from ebjax.parallel import AXIS_NAME, data_parallel
-from ebjax.samplers import langevin, mala, sample
+from ebjax.samplers import langevin, sample
 from ebjax.training import by_group, initial_state, make_update, make_update_many
-from ebjax.types import Kernel, Objective, Source
+from ebjax.types import Objective, Source
 from gflownet.environments import hypergrid
 from gflownet.objectives import trajectory_balance
 from gflownet.policies import mlp_policy
@@ -31,10 +31,9 @@ def sampler(
     num_steps: int,
     step_size: float,
     seed: int,
-    algorithm: str = "langevin",
     num_devices: int = 1,
 ) -> Workload:
-    """`ebjax.samplers.sample` on a Gaussian mixture, final positions only.
+    """Langevin chains by `ebjax.samplers.sample` on a Gaussian mixture, final positions only.
 
     Args:
         means: centres of the equally weighted modes, [M, d].
@@ -43,11 +42,9 @@ def sampler(
         num_steps: steps of one `run()`.
         step_size: of the kernel.
         seed: of the start and the noise.
-        algorithm: `"langevin"` or `"mala"`.
         num_devices: local devices that the chains are spread over.
     """
-    kernels: dict[str, Callable[..., Kernel]] = {"langevin": langevin, "mala": mala}
-    kernel = kernels[algorithm](step_size=step_size)
+    kernel = langevin(step_size=step_size)
     centres = np.asarray(means, np.float32)
     energy_fn = targets.gaussian_mixture(centres, standard_deviation).energy
     low, high = centres.min(axis=0), centres.max(axis=0)
@@ -72,7 +69,7 @@ def sampler(
         return {"mean_energy": float(draws.info.energy.mean())}
 
     return Workload(
-        name=f"ebjax {algorithm}, {num_chains} chains, {num_devices} devices",
+        name=f"ebjax langevin, {num_chains} chains, {num_devices} devices",
         run=run,
         warm_up_seconds=_compile_seconds(run),
         note="the runner with its default diagnostics",

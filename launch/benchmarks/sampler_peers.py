@@ -116,41 +116,6 @@ def blackjax_langevin(
     )
 
 
-def blackjax_mala(
-    *,
-    means: np.ndarray,
-    standard_deviation: float,
-    num_chains: int,
-    num_steps: int,
-    step_size: float,
-    seed: int,
-) -> Workload:
-    """Metropolis-adjusted Langevin chains with blackjax; arguments as in `torchebm_langevin`.
-
-    Returns:
-        A workload that reports `mean_energy` and `acceptance_rate` (over the run).
-
-    Raises:
-        PeerMissing: if blackjax cannot be imported.
-    """
-    blackjax = import_peer("blackjax", peer="blackjax")
-    energy = _mixture_energy(means, standard_deviation)
-    kernel = blackjax.mala(lambda position: -energy(position), step_size)
-
-    def step(key: jax.Array, state: Any) -> tuple[Any, jax.Array]:
-        state, info = kernel.step(key, state)
-        return state, info.acceptance_rate
-
-    return _chains_workload(
-        f"blackjax MALA, {num_chains} chains",
-        step,
-        state=jax.vmap(kernel.init)(_uniform_start(means, num_chains, seed)),
-        energy=energy,
-        num_steps=num_steps,
-        seed=seed,
-    )
-
-
 def minimal_langevin(
     *,
     means: np.ndarray,

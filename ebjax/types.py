@@ -142,10 +142,15 @@ class Source(NamedTuple):
       example: ``(arrays, key, position) -> example``. ``key`` is the same during the whole run;
         ``position`` [] uint32 counts examples from its start (step times batch size plus slot),
         so the step is the whole state of the stream. Noise comes from ``fold_in(key, position)``.
+      load: for data that does not fit in memory, ``(key, first, num) -> arrays``: reads on the
+        host what ``example`` needs for the ``num`` positions from ``first`` on (modulo 2^32), in
+        arrays of the same shapes whatever ``first`` is. The loop calls it before each dispatch
+        and ``arrays`` is then not used.
     """
 
     arrays: PyTree
     example: Callable[[PyTree, jax.Array, jax.Array], PyTree]
+    load: Callable[[jax.Array, int, int], PyTree] | None = None
 
 
 class TrainState(NamedTuple):
@@ -158,6 +163,7 @@ class TrainState(NamedTuple):
       opt_state: the optimizer's state.
       carry: the objective's per-example state, leading axis ``B`` (see ``Objective``).
       key: the run's key, never changed; step and example index are folded into it.
+      rollbacks: [] int32, how often the run diverged and went back to a good state.
     """
 
     step: jax.Array
@@ -166,6 +172,7 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     carry: PyTree
     key: jax.Array
+    rollbacks: jax.Array
 
 
 class Run(NamedTuple):

@@ -37,7 +37,7 @@ from ebjax.figures import training_curves
 from ebjax.training import (
     Checkpointer,
     MetricsWriter,
-    NonFiniteError,
+    DivergenceError,
     TrainingConfig,
     choose_devices,
     init_state,
@@ -284,23 +284,35 @@ def _train(
             writer.write(step, metrics, steps_per_second=steps_per_second)
         progress.on_log(step, metrics)
 
+    def on_rollback(error: DivergenceError, state: TrainState) -> None:
+        step, count = int(state.step), int(state.rollbacks)
+        if writer is not None:
+            writer.rewind(step)
+        share = config.rollback_factor**count
+        console.print(
+            f"{error} Going back to step {step} with {share:.3g} of the learning rate "
+            f"(rollback {count} of {config.max_rollbacks})."
+        )
+
     try:
         result = train(
             run,
             config,
             checkpointer=checkpointer,
+            on_rollback=on_rollback,
             initial=state,
             on_log=on_log,
             on_call=progress.on_call,
             on_compile=lambda seconds: console.print(f"compiled in {seconds:.1f} s"),
             should_stop=stop_signal,
         )
-    except NonFiniteError as error:
+    except DivergenceError as error:
         progress.close()
         checkpointer.wait()
         saved = checkpointer.steps()
         kept = f"The last good checkpoint is step {saved[-1]}." if saved else "Nothing was saved."
-        text = f"{COMMAND.name}: {error} {kept} A smaller learning rate often helps."
+        used = " All rollbacks are used up." if config.max_rollbacks else ""
+        text = f"{COMMAND.name}: {error}{used} {kept} A smaller learning rate often helps."
         print(text, file=sys.stderr)
         return 1
     finally:

@@ -2,7 +2,7 @@
 
 from ebjax.training.checkpoint import Checkpointer
 from ebjax.training.config import TrainingConfig, check_at_least, check_between, setting
-from ebjax.training.loop import NonFiniteError, TrainResult, choose_devices, init_state, train
+from ebjax.training.loop import DivergenceError, TrainResult, choose_devices, init_state, train
 from ebjax.training.metrics import MetricsWriter, read_metrics
 from ebjax.training.optimizer import adam, by_group, learning_rate_schedule
 from ebjax.training.update import initial_state, make_update, make_update_many
@@ -10,7 +10,7 @@ from ebjax.training.update import initial_state, make_update, make_update_many
 __all__ = [
     "Checkpointer",
     "MetricsWriter",
-    "NonFiniteError",
+    "DivergenceError",
     "TrainResult",
     "TrainingConfig",
     "adam",

@@ -55,10 +55,25 @@ class TrainingConfig:
     num_devices: int = setting(0, "devices to use; 0 takes as many as divide batch_size")
     backend: str = setting("pmap", f"how devices are driven: {' or '.join(BACKENDS)}")
     ema_decay: float = setting(0.999, "decay of the averaged parameters, used for sampling")
+    loss_limit: float = setting(
+        0.0, "a loss of a larger size counts as divergence; 0: only one that is not finite"
+    )
+    max_rollbacks: int = setting(
+        0, "how often a run that diverges goes back to its last checkpoint before it stops"
+    )
+    rollback_factor: float = setting(0.5, "share of the learning rate that a rollback leaves")
 
     # Settings that a run may change when it goes on: they do not touch what is computed.
     RESUMABLE = frozenset(
-        ["num_steps", "checkpoint_every", "keep_last", "keep_best", "num_devices", "backend"]
+        [
+            "num_steps",
+            "checkpoint_every",
+            "keep_last",
+            "keep_best",
+            "num_devices",
+            "backend",
+            "max_rollbacks",
+        ]
     )
 
     def __post_init__(self) -> None:
@@ -83,12 +98,13 @@ class TrainingConfig:
                         f"{field.name} is {value!r}; its entries must be of type {kind.__name__}."
                     )
         check_between(self, 0, 2**32 - 1, "seed")  # what a key holds; more would repeat itself
-        check_at_least(self, 0, "keep_best", "num_devices")
+        check_at_least(self, 0, "keep_best", "num_devices", "loss_limit", "max_rollbacks")
         check_at_least(
             self, 1, "batch_size", "log_every", "checkpoint_every", "keep_last", "steps_per_call"
         )
         check_between(self, 1, 2**31 - 1, "num_steps")  # counted in int32
         check_between(self, 0, 0.999999, "ema_decay")
+        check_between(self, 0.001, 1, "rollback_factor")
         if self.backend not in BACKENDS:
             raise ValueError(
                 f"backend is {self.backend!r}; it must be one of {', '.join(BACKENDS)}."

@@ -1,12 +1,14 @@
 """The training loop: dispatches updates, reads metrics one call late, saves, stops when asked.
 
-The loop runs *calls* of several updates. Calls end at every multiple of ``steps_per_call``,
+A run that diverges goes back to the last state that was good at a save, takes smaller steps from
+there on, and stops when it has done so too often. The loop runs *calls* of several updates. Calls end at every multiple of ``steps_per_call``,
 ``log_every`` and ``checkpoint_every`` counted from step 0, so a run that was stopped and resumed
 makes the same calls, and logs the same numbers, as one that was not.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,17 +20,18 @@ from jax.experimental import multihost_utils
 from ebjax.parallel import AXIS_NAME, DataParallel, data_parallel
 from ebjax.training.checkpoint import Checkpointer
 from ebjax.training.config import TrainingConfig
-from ebjax.training.update import initial_state, make_update, make_update_many
-from ebjax.types import PyTree, Run, TrainState
+from ebjax.training.update import initial_state, load_arrays, make_update, make_update_many
+from ebjax.types import PyTree, Run, Source, TrainState
 
-__all__ = ["NonFiniteError", "TrainResult", "choose_devices", "init_state", "train"]
+__all__ = ["DivergenceError", "TrainResult", "choose_devices", "init_state", "train"]
 
 
-class NonFiniteError(ArithmeticError):
-    """The loss or the gradient was not finite at ``step``."""
+class DivergenceError(ArithmeticError):
+    """At ``step`` the loss or its gradient was not finite, or the loss beyond its limit."""
 
-    def __init__(self, step: int):
-        super().__init__(f"The loss or its gradient is not finite at step {step}.")
+    def __init__(self, step: int, loss_limit: float = 0.0):
+        limit = f", or the loss is beyond {loss_limit:g}" if loss_limit else ""
+        super().__init__(f"The loss or its gradient is not finite{limit} at step {step}.")
         self.step = step
 
 
@@ -74,12 +77,8 @@ def choose_devices(batch_size: int, num_devices: int = 0) -> list[jax.Device]:
 
 def init_state(run: Run, config: TrainingConfig) -> TrainState:
     """The state of a run before its first update, a function of ``config.seed``."""
-    build = jax.jit(
-        lambda key: initial_state(
-            key, run.init, run.objective, run.optimizer, run.source, config.batch_size
-        )
-    )
-    return build(jax.random.key(config.seed))
+    key = jax.random.key(config.seed)
+    return initial_state(key, run.init, run.objective, run.optimizer, run.source, config.batch_size)
 
 
 def train(
@@ -91,6 +90,7 @@ def train(
     on_log: Callable[[int, dict[str, float], float], None] | None = None,
     on_call: Callable[[int, dict[str, float]], None] | None = None,
     on_compile: Callable[[float], None] | None = None,
+    on_rollback: Callable[[DivergenceError, TrainState], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainResult:
     """Trains until ``config.num_steps``, a stop, or a loss that is not finite.
@@ -106,13 +106,16 @@ def train(
       on_call: called after every call with the step and its metrics, for progress display.
       on_compile: called once, with the seconds until the first call was on its way: tracing and
         compiling.
+      on_rollback: called when the run diverged and goes on from the given state, which has an
+        older step; what was logged after that step is void.
       should_stop: asked between calls; ``True`` saves the state and returns.
 
     Returns:
       A ``TrainResult``.
 
     Raises:
-      NonFiniteError: naming the step; checkpoints saved before it are good.
+      DivergenceError: naming the step, if the run diverged and ``config.max_rollbacks`` are used
+        up; checkpoints saved before it are good.
       ValueError: if the devices do not fit the batch.
     """
     devices = choose_devices(config.batch_size, config.num_devices)
@@ -122,20 +125,22 @@ def train(
         run.source,
         batch_size=config.batch_size,
         ema_decay=config.ema_decay,
+        rollback_factor=config.rollback_factor,
         axis_name=AXIS_NAME,
     )
-    program = data_parallel(make_update_many(update), devices=devices, backend=config.backend)
-    state = init_state(run, config) if initial is None else initial
-    step = int(state.step)
-    replicated, split = program.place(state._replace(carry=()), state.carry)
-    arrays = program.place_constant(run.source.arrays)
+    update_many = make_update_many(update, loss_limit=config.loss_limit or math.inf)
+    program = data_parallel(update_many, devices=devices, backend=config.backend)
+    good = init_state(run, config) if initial is None else initial
+    step = int(good.step)
+    replicated, split = program.place(good._replace(carry=()), good.carry)
+    arrays = _arrays_for(run.source, config, program, good.key, step)
     clock = _Clock(step)
 
     def fetch(device_metrics) -> dict[str, float]:
         metrics = {name: value.item() for name, value in jax.device_get(device_metrics).items()}
         bad_step = metrics.pop("bad_step")
         if bad_step >= 0:
-            raise NonFiniteError(bad_step)
+            raise DivergenceError(bad_step, config.loss_limit)
         return metrics
 
     def report(end: int, metrics: dict[str, float]) -> None:
@@ -146,14 +151,24 @@ def train(
 
     def save(end: int, metrics: dict[str, float], judge: bool) -> dict[str, float]:
         """Judges and saves the state; the metrics with the judgement."""
-        state = _collected(program, replicated, split)
+        nonlocal good
+        good = _collected(program, replicated, split)
         judgement = {}
         if judge and run.monitor is not None:
             key = jax.random.fold_in(jax.random.key(config.seed), end)
-            judgement = run.monitor(key, state)
+            judgement = run.monitor(key, good)
         if checkpointer is not None:
-            checkpointer.save(end, state, judgement)
+            checkpointer.save(end, good, judgement)
         return metrics | judgement
+
+    def roll_back(error: DivergenceError) -> TrainState:
+        """The last good state with one more rollback, or the error if there were too many."""
+        if good.rollbacks >= config.max_rollbacks:
+            raise error
+        state = good._replace(rollbacks=good.rollbacks + 1)
+        if on_rollback is not None:
+            on_rollback(error, state)
+        return state
 
     num_calls, stopping, unread = 0, False, None
     while step < config.num_steps and not stopping:
@@ -164,18 +179,36 @@ def train(
         if num_calls == 0 and on_compile is not None:
             on_compile(time.perf_counter() - started)
         step, num_calls = end, num_calls + 1
-        # The devices work on this call while the host reads the one before.
-        if unread is not None:
-            report(unread[0], fetch(unread[1]))
-        unread = (step, device_metrics)
         stopping = _all_agree_to_stop(should_stop(), num_calls)
-        if stopping or _is_save(config, step):
-            # What is saved must be good, so here the host waits.
-            metrics, unread = fetch(device_metrics), None
-            report(step, save(step, metrics, judge=_is_save(config, step)))
+        try:
+            # The devices work on this call while the host reads the one before.
+            if run.source.load is not None and step < config.num_steps:
+                arrays = _arrays_for(run.source, config, program, good.key, step)
+            if unread is not None:
+                report(unread[0], fetch(unread[1]))
+            unread = (step, device_metrics)
+            if stopping or _is_save(config, step):
+                # What is saved must be good, so here the host waits.
+                metrics, unread = fetch(device_metrics), None
+                report(step, save(step, metrics, judge=_is_save(config, step)))
+        except DivergenceError as error:
+            good, unread = roll_back(error), None
+            step = int(good.step)
+            replicated, split = program.place(good._replace(carry=()), good.carry)
+            if run.source.load is not None:
+                arrays = _arrays_for(run.source, config, program, good.key, step)
+            clock = _Clock(step)
     if checkpointer is not None:
         checkpointer.wait()
     return TrainResult(_collected(program, replicated, split), step >= config.num_steps)
+
+
+def _arrays_for(
+    source: Source, config: TrainingConfig, program: DataParallel, key: jax.Array, step: int
+) -> PyTree:
+    """What the call from ``step`` on reads, on the devices; for all calls where nothing streams."""
+    arrays = load_arrays(source, key, step, config.steps_per_call, config.batch_size)
+    return program.place_constant(arrays)
 
 
 def _collected(program: DataParallel, replicated: TrainState, split: PyTree) -> TrainState:

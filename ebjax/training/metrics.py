@@ -50,15 +50,24 @@ class MetricsWriter:
 
     def __init__(self, workdir: str | Path, *, resume_step: int = 0):
         self.path = Path(workdir) / "metrics.jsonl"
+        self._open(resume_step)
+
+    def _open(self, last_step: int) -> None:
+        """Drops what is later than a step and opens both files at their ends."""
         rows = read_metrics(self.path) if self.path.exists() else []
-        kept = (json.dumps(row) + "\n" for row in rows if row["step"] <= resume_step)
+        kept = (json.dumps(row) + "\n" for row in rows if row["step"] <= last_step)
         _write_atomically(self.path, kept)
         self._file = self.path.open("a", encoding="utf-8")
         from tensorboardX import SummaryWriter
 
         self._events = SummaryWriter(
-            str(Path(workdir) / "tensorboard"), purge_step=resume_step + 1, flush_secs=10
+            str(self.path.parent / "tensorboard"), purge_step=last_step + 1, flush_secs=10
         )
+
+    def rewind(self, step: int) -> None:
+        """Drops the log points after ``step``, to which the run went back."""
+        self.close()
+        self._open(step)
 
     def write(self, step: int, metrics: Mapping[str, float], **machine: float) -> None:
         """Writes one log point; ``machine`` (speed and the like) goes to TensorBoard only."""

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from ebjax.training import Checkpointer, NonFiniteError, TrainingConfig, init_state, train
+from ebjax.training import Checkpointer, DivergenceError, TrainingConfig, init_state, train
 from ebjax.types import Objective, Run, Source
 
 
@@ -132,7 +132,7 @@ def test_a_bad_loss_names_its_step_and_spoils_no_checkpoint(tmp_path, break_at):
     run = number_run(break_at=break_at, monitor=lambda key, state: {"x": float(state.params)})
     checkpointer = Checkpointer(tmp_path / "c", keep_last=9)
     rows = []
-    with pytest.raises(NonFiniteError, match=rf"not finite at step {break_at}\.") as error:
+    with pytest.raises(DivergenceError, match=rf"not finite at step {break_at}\.") as error:
         train(
             run,
             CONFIG,
@@ -190,3 +190,83 @@ def test_the_energy_of_a_run_is_traced_once_whatever_it_does(tmp_path, pcd_run):
     assert len(after_calls) > 5
     assert len(set(after_calls)) == 1
     assert after_calls[0] <= 3  # the kernel's start, its step, the loss
+
+
+def test_a_run_that_diverges_goes_back_and_takes_smaller_steps(tmp_path):
+    """Gradient descent on x²/2 with rate 3 doubles x; with a quarter of it, it contracts."""
+
+    def loss(params, carry, keys, batch):
+        del keys, batch
+        return 0.5 * params**2, (carry, {"x": params})
+
+    run = number_run()._replace(
+        init=lambda key: jnp.ones(()),
+        objective=Objective(lambda key, params, batch: jnp.zeros(len(batch)), loss),
+        optimizer=optax.sgd(3.0),
+    )
+    config = dataclasses.replace(CONFIG, loss_limit=1e4, max_rollbacks=3, keep_last=9)
+    calls, rows = [], []
+    checkpointer = Checkpointer(tmp_path / "c", keep_last=9)
+    result = train(
+        run,
+        config,
+        checkpointer=checkpointer,
+        on_log=lambda step, metrics, rate: rows.append((step, float(metrics["x"]))),
+        on_rollback=lambda error, state: calls.append(
+            (error.step, int(state.step), int(state.rollbacks))
+        ),
+    )
+    # |x| = 2^n passes the limit at n = 8; with half of the rate |1 - 1.5| = 0.5 contracts.
+    assert calls == [(8, 0, 1)]
+    assert result.is_finished
+    assert int(result.state.rollbacks) == 1
+    np.testing.assert_allclose(result.state.params, 0.5**30, rtol=1e-5)
+    assert checkpointer.steps() == [10, 20, 30]
+    # Killed after the rollback and before the next save, the run does the same again.
+    again, _ = logged(run, config, initial=init_state(run, config))
+    assert_equal(again.state, result.state)
+    _, state = checkpointer.restore(init_state(run, config), 10)
+    checkpointer.close()
+    assert int(state.rollbacks) == 1
+    assert_equal(logged(run, config, initial=state)[0].state, result.state)
+
+
+def test_rollbacks_are_bounded():
+    run = number_run(break_at=13)  # whatever the learning rate
+    steps = []
+    config = dataclasses.replace(CONFIG, max_rollbacks=2)
+    with pytest.raises(DivergenceError, match=r"at step 13\."):
+        train(run, config, on_rollback=lambda error, state: steps.append(int(state.step)))
+    assert steps == [10, 10]
+
+
+def test_a_loss_beyond_its_limit_is_divergence():
+    config = dataclasses.replace(CONFIG, loss_limit=1e-6)
+    with pytest.raises(DivergenceError, match=r"beyond 1e-06 at step 0\."):
+        train(number_run(), config)
+
+
+def test_streamed_data_gives_the_same_run_as_data_in_memory():
+    data = np.random.default_rng(0).normal(size=1000).astype(np.float32)
+    asked = []
+
+    def load(key, first, num):
+        asked.append((first, num))
+        shift = int(jax.random.randint(key, (), 0, 1000))
+        return {"first": np.uint32(first), "rows": data[(shift + first + np.arange(num)) % 1000]}
+
+    def streamed(arrays, key, position):
+        return arrays["rows"][position - arrays["first"]]
+
+    def in_memory(arrays, key, position):
+        return arrays[(jax.random.randint(key, (), 0, 1000) + position.astype(int)) % 1000]
+
+    results = [
+        logged(number_run()._replace(source=source), dataclasses.replace(CONFIG, num_devices=2))
+        for source in (Source(data, in_memory), Source((), streamed, load))
+    ]
+    assert_equal(results[0][0].state, results[1][0].state)
+    assert results[0][1] == results[1][1]
+    assert asked[0] == (0, 8)  # the first batch, for the shapes of the carry
+    assert {num for _, num in asked[1:]} == {4 * 8}
+    assert [first // 8 for first, _ in asked[1:]] == [0, 4, 6, 8, 10, 12, 16, 18, 20, 24, 28]

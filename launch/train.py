@@ -36,8 +36,8 @@ from rich.console import Console
 from ebjax.figures import training_curves
 from ebjax.training import (
     Checkpointer,
-    MetricsWriter,
     DivergenceError,
+    MetricsWriter,
     TrainingConfig,
     choose_devices,
     init_state,

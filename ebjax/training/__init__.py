@@ -9,8 +9,8 @@ from ebjax.training.update import initial_state, make_update, make_update_many
 
 __all__ = [
     "Checkpointer",
-    "MetricsWriter",
     "DivergenceError",
+    "MetricsWriter",
     "TrainResult",
     "TrainingConfig",
     "adam",

@@ -1,7 +1,9 @@
 """The training loop: dispatches updates, reads metrics one call late, saves, stops when asked.
 
 A run that diverges goes back to the last state that was good at a save, takes smaller steps from
-there on, and stops when it has done so too often. The loop runs *calls* of several updates. Calls end at every multiple of ``steps_per_call``,
+there on, and stops when it has done so too often.
+
+The loop runs *calls* of several updates. Calls end at every multiple of ``steps_per_call``,
 ``log_every`` and ``checkpoint_every`` counted from step 0, so a run that was stopped and resumed
 makes the same calls, and logs the same numbers, as one that was not.
 """

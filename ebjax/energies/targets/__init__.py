@@ -3,7 +3,8 @@
 What is not known of a law is ``None``. The energy of a target ignores its ``params``; pass ``()``.
 
     gaussian     Gaussians, mixtures of them, a conjugate posterior
-    synthetic    wells, funnel, banana, ring, moons: small shapes that are hard to sample
+    synthetic    wells, a funnel, bent laws: shapes that are hard to sample
+    planar       rings, moons, a pinwheel, a checkerboard
     bayesian     regressions and hierarchies on real data
     cox          the log-Gaussian Cox process
     physics      clusters of particles
@@ -25,16 +26,14 @@ from ebjax.energies.targets.gaussian import (
 )
 from ebjax.energies.targets.laplace import laplace_approximation
 from ebjax.energies.targets.physics import lennard_jones
+from ebjax.energies.targets.planar import checkerboard, pinwheel, ring, rings, two_moons
 from ebjax.energies.targets.posterior import Posterior
 from ebjax.energies.targets.synthetic import (
     banana,
-    checkerboard,
     double_well,
     funnel,
     many_well,
-    ring,
     rosenbrock,
-    two_moons,
 )
 
 __all__ = [
@@ -59,7 +58,9 @@ __all__ = [
     "logistic_regression",
     "many_well",
     "nine_gaussians",
+    "pinwheel",
     "ring",
+    "rings",
     "rosenbrock",
     "two_moons",
 ]

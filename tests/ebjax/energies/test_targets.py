@@ -29,6 +29,8 @@ TARGETS = {
     "rosenbrock": (lambda: targets.rosenbrock(2, 0.4, 2.0), 80.0),
     "two_moons": (targets.two_moons, 7.0),
     "ring": (targets.ring, 7.0),
+    "rings": (lambda: targets.rings((0.5, 1.2), 0.1), 3.0),
+    "pinwheel": (targets.pinwheel, 4.0),
 }
 each_target = pytest.mark.parametrize("name", TARGETS)
 
@@ -139,12 +141,66 @@ def test_the_funnel_is_a_product_of_normals(x64):
     np.testing.assert_allclose(np.diag(target.moments.covariance)[1:], np.exp(4.5))
 
 
+def test_rings_are_circles_with_round_noise(x64):
+    """The density as the mean of Gaussians along each circle, written as it is said."""
+    radii, deviation = (0.75, 1.5, 3.0), 0.2
+    target = targets.rings(radii, deviation)
+    points = 2.0 * jax.random.normal(jax.random.key(0), (50, 2))
+    angle = 2.0 * np.pi * np.arange(400) / 400
+    circle = np.stack([np.cos(angle), np.sin(angle)], -1)
+    centres = np.concatenate([radius * circle for radius in radii])
+    square = np.square(np.asarray(points)[:, None] - centres).sum(-1)
+    log_density = -0.5 * square / deviation**2 - np.log(2.0 * np.pi * deviation**2)
+    expected = jax.nn.logsumexp(log_density, axis=1) - np.log(len(centres))
+    np.testing.assert_allclose(-energies_of(target, points), expected, rtol=1e-9)
+    radius = np.linalg.norm(points, axis=1)[:, None]
+    plain = -0.5 * np.square((radius - np.array(radii)) / deviation)  # the control: no Bessel
+    plain = jax.nn.logsumexp(plain, axis=1)
+    assert np.ptp(plain - expected) > 0.1
+
+
+def test_the_pinwheel_winds_one_way(x64):
+    """Mirrored draws have the same radii and moments, and are seen in the mean energy."""
+    target, points, log_w = quadrature("pinwheel")
+    energies = energies_of(target, points)
+    entropy = np.sum(np.exp(log_w - energies) * np.minimum(energies, 1e3))
+    draws = draws_of("pinwheel")
+    mirrored = energies_of(target, draws * np.array([1.0, -1.0]))
+    assert abs(mirrored.mean() - entropy) > 5.0 * mirrored.std() / np.sqrt(len(draws))
+
+
+def turned(angle, f):
+    cosine, sine = jnp.cos(angle), jnp.sin(angle)
+    return jnp.stack([cosine * f[0] - sine * f[1], sine * f[0] + cosine * f[1]])
+
+
+def test_winding_by_the_radius_keeps_area(x64):
+    """So the density of the wound point is that of the features; by f_0 it would not be."""
+    features = jax.random.normal(jax.random.key(0), (20, 2))
+    volume = lambda wind: jax.vmap(lambda f: jnp.linalg.det(jax.jacfwd(wind)(f)))(features)  # noqa: E731
+    by_radius = lambda f: turned(0.25 * jnp.exp(jnp.linalg.norm(f)), f)  # noqa: E731
+    by_feature = lambda f: turned(0.25 * jnp.exp(f[0]), f)  # noqa: E731
+    np.testing.assert_allclose(volume(by_radius), 1.0, rtol=1e-10)
+    stated = 1.0 - 0.25 * jnp.exp(features[:, 0]) * features[:, 1]
+    np.testing.assert_allclose(volume(by_feature), stated, rtol=1e-10)
+
+    def error(wind):
+        energies = energies_of(targets.pinwheel(), jax.vmap(wind)(features))
+        arms = jax.vmap(lambda k: turned(0.4 * jnp.pi * k, features.T).T)(jnp.arange(5.0))
+        scaled = (arms - np.array([1.0, 0.0])) / np.array([0.3, 0.1])
+        log_p = jax.nn.logsumexp(-0.5 * jnp.sum(scaled**2, -1), axis=0)
+        return np.abs(energies + log_p - np.log(5 * 2 * np.pi * 0.03)).max()
+
+    assert error(by_radius) < 1e-9
+    assert error(by_feature) > 1.0
+
+
 @each_target
 def test_modes_are_stationary_and_lowest_nearby(name, x64):
     """Means of a mixture are its modes up to the pull of the other components."""
     target = TARGETS[name][0]()
     if target.modes is None:
-        assert name == "ring"
+        assert name in ("ring", "rings")
         return
     gradient = jax.jit(jax.vmap(jax.grad(target.energy, 1), (None, 0)))((), target.modes)
     tolerance = {"gaussian_mixture": 2e-2, "forty_gaussians": 0.5}.get(name, 1e-6)
@@ -192,6 +248,10 @@ ERRORS = {
     "observation": (lambda: targets.conjugate_gaussian(3, observation=[1.0]), r"\(1,\)"),
     "rosenbrock": (lambda: targets.rosenbrock(2, a=-1.0), "-1.0"),
     "ring": (lambda: targets.ring(radius=0.0), "radius is 0.0"),
+    "rings": (lambda: targets.rings((1.0, -2.0)), "-2.0"),
+    "no rings": (lambda: targets.rings(()), r"radii are \(\)"),
+    "arms": (lambda: targets.pinwheel(2), "num_arms is 2"),
+    "arm": (lambda: targets.pinwheel(tangential_deviation=0.0), "0.0"),
     "moons": (lambda: targets.two_moons(horizontal_deviation=-2.0), "-2.0"),
     "checkerboard": (lambda: targets.checkerboard(1), "num_cells is 1"),
     "one particle": (lambda: targets.lennard_jones(1), "num_particles is 1"),

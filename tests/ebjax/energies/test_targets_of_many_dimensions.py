@@ -15,6 +15,8 @@ SAMPLED = {
     "funnel": targets.funnel,
     "many_well": targets.many_well,
     "rosenbrock": lambda: targets.rosenbrock(5),
+    "rings": targets.rings,
+    "pinwheel": targets.pinwheel,
     "eight_schools": targets.eight_schools,
     "eight_schools_centred": lambda: targets.eight_schools(is_centred=True),
     "cox_prior": lambda: targets.log_gaussian_cox(4).prior,

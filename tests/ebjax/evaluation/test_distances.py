@@ -77,7 +77,7 @@ def direct_mmd(first, second, *, skip_diagonal=True):
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 2)])
-def test_mmd_is_the_direct_sum(shape):
+def test_mmd_is_the_direct_sum(x64, shape):
     rng = np.random.default_rng(0)
     first, second = rng.normal(size=(7, *shape)), 0.5 + rng.normal(size=(9, *shape))
     ours = maximum_mean_discrepancy(first, second)
@@ -107,6 +107,10 @@ def test_the_check_sees_a_shift_and_a_biased_estimate():
     assert replicate_z(biased, 0.0) > 5.0
 
 
+def test_mmd_is_a_number():
+    assert type(maximum_mean_discrepancy(np.eye(3), np.ones((2, 3)))) is float
+
+
 @pytest.mark.parametrize("distance", [frechet_distance, maximum_mean_discrepancy])
 @pytest.mark.parametrize("bad", [np.ones(3), np.ones((1, 3))], ids=["rank", "one"])
 def test_errors_name_the_shape(distance, bad):
@@ -115,3 +119,7 @@ def test_errors_name_the_shape(distance, bad):
         distance(bad, good)
     with pytest.raises(ValueError, match="second has shape"):
         distance(good, bad)
+    with pytest.raises(ValueError, match="second has 1 of 12 values that are NaN"):
+        distance(good, np.where(good == good.max(), np.nan, good))
+    with pytest.raises(ValueError, match="3 components and those of second 2"):
+        distance(good, good[:, :2])

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
+
+from ebjax.evaluation.checks import flat_examples
+from ebjax.samplers import diagnostics
 
 __all__ = ["frechet_distance", "maximum_mean_discrepancy"]
 
 
-def _flat(name: str, sample: np.ndarray) -> np.ndarray:
-    sample = np.asarray(sample, np.float64)
-    if sample.ndim < 2 or len(sample) < 2:
-        raise ValueError(f"{name} has shape {sample.shape}; give at least two examples, [N, ...].")
-    return sample.reshape(len(sample), -1)
+def _pair(first: npt.ArrayLike, second: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    first, second = flat_examples("first", first), flat_examples("second", second)
+    if first.shape[1] != second.shape[1]:
+        raise ValueError(
+            f"Examples of first have {first.shape[1]} components and those of second "
+            f"{second.shape[1]}; they must have the same."
+        )
+    return first, second
 
 
-def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
+def frechet_distance(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
     """Squared Fréchet distance between the Gaussians that fit two samples.
 
         |m1 - m2|² + tr(S1 + S2 - 2 (S1^½ S2 S1^½)^½)
@@ -29,10 +36,13 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     Returns:
       The distance, in squared units of the examples, at least 0.
 
+    Raises:
+      ValueError: if a sample has fewer than two examples or is not finite, or sizes differ.
+
     >>> float(frechet_distance(np.eye(3), np.eye(3)))
     0.0
     """
-    first, second = _flat("first", first), _flat("second", second)
+    first, second = _pair(first, second)
     covariance_1, covariance_2 = np.cov(first.T), np.cov(second.T)
     values, vectors = np.linalg.eigh(np.atleast_2d(covariance_1))
     root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
@@ -44,31 +54,25 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     return 0.0 if distance < 1e-12 * trace else float(distance)
 
 
-def maximum_mean_discrepancy(first: np.ndarray, second: np.ndarray) -> float:
-    """Unbiased squared MMD with ``k(x, y) = exp(-|x - y|² / m)``, m the median squared distance.
+def maximum_mean_discrepancy(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
+    """Unbiased squared MMD of two samples on the host, by ``diagnostics.maximum_mean_discrepancy``.
 
         mean_{i≠j} k(x_i, x_j) + mean_{i≠j} k(y_i, y_j) - 2 mean_{ij} k(x_i, y_j)
 
-    Zero in expectation for equal laws; it may be slightly negative.
-
-    Gretton et al., "A kernel two-sample test", JMLR 13 (2012).
+    with ``k(x, y) = exp(-|x - y|² / m)``, m the median squared distance. Zero in expectation for
+    equal laws; it may be slightly negative.
 
     Args:
-      first: [N, ...].
-      second: [M, ...].
+      first: [N, ...], flattened to [N, D].
+      second: [M, ...], flattened to [M, D].
+
+    Returns:
+      The discrepancy, squared, as a number that can be written to JSON.
+
+    Raises:
+      ValueError: if a sample has fewer than two examples or is not finite, or sizes differ.
+
+    >>> maximum_mean_discrepancy(np.eye(3), np.eye(3) + 9.0) > 0.5
+    True
     """
-    first, second = _flat("first", first), _flat("second", second)
-    pool = np.concatenate([first, second])
-    squares = np.sum(pool**2, axis=1)
-    distances = np.maximum(squares[:, None] + squares[None] - 2.0 * pool @ pool.T, 0.0)
-    off_diagonal = ~np.eye(len(pool), dtype=bool)
-    bandwidth = np.median(distances[off_diagonal])
-    kernel = np.exp(-distances / max(bandwidth, 1e-300))
-    n = len(first)
-    within_1, within_2, across = kernel[:n, :n], kernel[n:, n:], kernel[:n, n:]
-
-    def mean_off_diagonal(block):
-        size = len(block)
-        return (block.sum() - np.trace(block)) / (size * (size - 1))
-
-    return float(mean_off_diagonal(within_1) + mean_off_diagonal(within_2) - 2.0 * across.mean())
+    return float(diagnostics.maximum_mean_discrepancy(*_pair(first, second)))

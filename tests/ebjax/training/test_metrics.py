@@ -60,3 +60,16 @@ def test_a_malformed_line_is_named(tmp_path, line):
     with pytest.raises(ValueError, match="line 2"):
         MetricsWriter(tmp_path, resume_step=5)
     assert path.read_bytes() == damaged
+
+
+def test_a_run_that_went_back_writes_its_lines_again(tmp_path):
+    _write(tmp_path, [5, 10, 20])
+    expected = (tmp_path / "metrics.jsonl").read_bytes()
+    (tmp_path / "other").mkdir()
+    writer = MetricsWriter(tmp_path / "other")
+    for step in (5, 10, 15):
+        writer.write(step, {"loss": 1 / 3 + step}, steps_per_second=5.0)
+    writer.rewind(10)
+    writer.write(20, {"loss": 1 / 3 + 20}, steps_per_second=5.0)
+    writer.close()
+    assert (tmp_path / "other" / "metrics.jsonl").read_bytes() == expected

@@ -1,0 +1,229 @@
+"""Trains the rows of a table over several seeds and prints the table.
+
+  python -m launch.reproduce --table=jarzynski
+  python -m launch.reproduce --table=objectives_2d --only=pcd --seeds=3 --json=figures.json
+
+Each row is a config with some fields changed; each seed of it is one launch.train in a run
+directory of its own under --workdir, so a table that was interrupted goes on where it was, and
+every run can be looked at. A run that diverges or fails is counted and not left out of sight. A
+figure with a bar ends the output as
+
+  ROW FIGURE=X at most Y: reached
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from launch import command, runs
+from launch.runs import UserError
+from launch.tables import TABLES, Row, Table
+
+__all__ = ["main", "reproduce"]
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("table", None, f"Which table: {', '.join(TABLES)}.", flag_values=FLAGS)
+flags.DEFINE_integer("seeds", 0, "Seeds of each row; 0: as the table says.", flag_values=FLAGS)
+flags.DEFINE_string(
+    "only", None, "Comma-separated parts of names: the rows that have one.", flag_values=FLAGS
+)
+flags.DEFINE_string("workdir", "runs/tables", "Where the runs are kept.", flag_values=FLAGS)
+flags.DEFINE_string(
+    "data_path", None, "The file that the table's data is in, if it needs one.", flag_values=FLAGS
+)
+flags.DEFINE_integer(
+    "jobs", 1, "Runs at a time; with several, each has one CPU device.", flag_values=FLAGS
+)
+flags.DEFINE_string("json", None, "File to write all figures to as well.", flag_values=FLAGS)
+
+
+class Outcome(NamedTuple):
+    """How one run ended: its figures of merit, or what it said when it failed."""
+
+    row: str
+    seed: int
+    figures: dict[str, float] | None
+    error: str = ""
+
+
+def _arguments(row: Row, seed: int, workdir: Path, data_path: str | None) -> list[str]:
+    settings = {**row.settings, "seed": seed}
+    if data_path is not None:
+        settings["data_path"] = data_path
+    fields = [f"--config.{name}={value}" for name, value in settings.items()]
+    return [f"--config={row.config}", f"--workdir={workdir}", "--quiet", *row.flags, *fields]
+
+
+def _train(row: Row, seed: int, folder: Path, data_path: str | None, jobs: int) -> Outcome:
+    """One run in a process of its own, unless it is there already."""
+    workdir = folder / f"{row.name}-{seed}"
+    finished = workdir / "evaluation.json"
+    if not finished.exists():
+        environment = {
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            **os.environ,
+        }
+        if jobs > 1:
+            environment["JAX_NUM_CPU_DEVICES"] = "1"
+        done = subprocess.run(
+            [sys.executable, "-m", "launch.train", *_arguments(row, seed, workdir, data_path)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+        )
+        if done.returncode == 2:
+            raise UserError((done.stderr.strip().splitlines() or ["launch.train failed."])[-1])
+        if done.returncode != 0 or not finished.exists():
+            lines = done.stderr.strip().splitlines() or ["it left no figures"]
+            return Outcome(row.name, seed, None, lines[-1])
+    return Outcome(row.name, seed, json.loads(finished.read_text(encoding="utf-8")))
+
+
+def reproduce(
+    table: Table,
+    *,
+    folder: Path,
+    seeds: int,
+    console: Console,
+    only: tuple[str, ...] = (),
+    data_path: str | None = None,
+    jobs: int = 1,
+) -> dict[str, Any]:
+    """Runs a table, prints it, and returns the figures of every run and of every bar."""
+    rows = [row for row in table.rows if not only or any(part in row.name for part in only)]
+    if not rows:
+        names = ", ".join(row.name for row in table.rows)
+        raise UserError(f"only is {','.join(only)!r}, which is in none of the rows {names}.")
+    folder.mkdir(parents=True, exist_ok=True)
+    work = [(row, seed) for seed in range(seeds) for row in rows]
+    outcomes: list[Outcome] = []
+    started = time.perf_counter()
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(_train, row, seed, folder, data_path, jobs) for row, seed in work]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                outcomes.append(future.result())
+                _print_progress(console, outcomes, len(work), table, started)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    _print_table(table, rows, outcomes, console)
+    bars = _print_bars(table, rows, outcomes, console)
+    for outcome in outcomes:
+        if outcome.figures is None:
+            console.print(f"{outcome.row}, seed {outcome.seed}: {outcome.error}", soft_wrap=True)
+    return {"runs": [outcome._asdict() for outcome in outcomes], "bars": bars}
+
+
+def _print_progress(console, outcomes, total, table: Table, started: float) -> None:
+    last = outcomes[-1]
+    left = (time.perf_counter() - started) / len(outcomes) * (total - len(outcomes))
+    if last.figures is None:
+        shown = "failed"
+    else:
+        names = [name for name in table.columns if name in last.figures]
+        shown = "  ".join(f"{name} {last.figures[name]:.4g}" for name in names)
+    line = f"{len(outcomes)}/{total}  {last.row}, seed {last.seed}: {shown}, {left:.0f} s left"
+    console.print(line, soft_wrap=True, highlight=False)
+
+
+def _values(outcomes: list[Outcome], row: str, name: str) -> list[float]:
+    return [
+        outcome.figures[name]
+        for outcome in outcomes
+        if outcome.row == row and outcome.figures is not None and name in outcome.figures
+    ]
+
+
+def _print_table(table: Table, rows: list[Row], outcomes: list[Outcome], console: Console) -> None:
+    shown = RichTable(title=table.about, title_justify="left")
+    shown.add_column("row", no_wrap=True)
+    shown.add_column("finished", justify="right", no_wrap=True)
+    for name in table.columns:
+        shown.add_column(name.replace("_", " "), justify="right")
+    for row in rows:
+        own = [outcome for outcome in outcomes if outcome.row == row.name]
+        finished = sum(outcome.figures is not None for outcome in own)
+        cells = []
+        for name in table.columns:
+            values = _values(outcomes, row.name, name)
+            cell = "" if not values else f"{statistics.fmean(values):.4g}"
+            if len(values) > 1:
+                cell += f" ± {statistics.stdev(values):.2g}"
+            cells.append(cell)
+        shown.add_row(row.name, f"{finished}/{len(own)}", *cells)
+    console.print(shown)
+    console.print("Mean and standard deviation over the seeds that finished.")
+
+
+def _print_bars(
+    table: Table, rows: list[Row], outcomes: list[Outcome], console: Console
+) -> list[dict[str, Any]]:
+    """The means that have a bar; a row of which no seed finished has not reached it."""
+    results = []
+    names = {row.name for row in rows}
+    for bar in table.bars:
+        if bar.row not in names:
+            continue
+        values = _values(outcomes, bar.row, bar.figure)
+        mean = statistics.fmean(values) if values else float("nan")
+        is_reached = bar.low <= mean <= bar.high
+        limits = [
+            *([f"at least {bar.low:g}"] if bar.low > -float("inf") else []),
+            *([f"at most {bar.high:g}"] if bar.high < float("inf") else []),
+        ]
+        verdict = "reached" if is_reached else "NOT REACHED"
+        line = f"{bar.row} {bar.figure}={mean:.4g} {' and '.join(limits)}: {verdict}"
+        console.print(line, highlight=False)
+        results.append({**bar._asdict(), "mean": mean, "is_reached": is_reached})
+    return results
+
+
+def _run(flag_values: flags.FlagValues) -> int:
+    if flag_values.table not in TABLES:
+        raise UserError(f"table is {flag_values.table!r}; it must be one of {', '.join(TABLES)}.")
+    for name, minimum in (("seeds", 0), ("jobs", 1)):
+        if flag_values[name].value < minimum:
+            raise UserError(f"{name} is {flag_values[name].value}; it must be at least {minimum}.")
+    json_path = None if flag_values.json is None else command.output_file(flag_values, "json")
+    table = TABLES[flag_values.table]
+    if table.needs_data and flag_values.data_path is None:
+        raise UserError(f"--data_path is missing; the table {flag_values.table} needs a file.")
+    figures = reproduce(
+        table,
+        folder=runs.find_workdir(flag_values.workdir) / flag_values.table,
+        seeds=flag_values.seeds or table.seeds,
+        console=Console(width=None if sys.stdout.isatty() else 160),
+        only=tuple(flag_values.only.split(",")) if flag_values.only else (),
+        data_path=flag_values.data_path,
+        jobs=flag_values.jobs,
+    )
+    if json_path is not None:
+        runs.write_json(json_path, {"table": flag_values.table, **figures})
+    return 0 if all(bar["is_reached"] for bar in figures["bars"]) else 1
+
+
+COMMAND = command.Command("launch.reproduce", __doc__ or "", FLAGS, _run)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    command.main(COMMAND, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -291,7 +291,9 @@ def _train(
         share = config.rollback_factor**count
         console.print(
             f"{error} Going back to step {step} with {share:.3g} of the learning rate "
-            f"(rollback {count} of {config.max_rollbacks})."
+            f"(rollback {count} of {config.max_rollbacks}).",
+            soft_wrap=True,
+            highlight=False,
         )
 
     try:

@@ -163,3 +163,15 @@ def test_a_loss_that_is_bad_from_the_start_saves_nothing(tmp_path):
     assert "step 0" in err
     assert "Nothing was saved" in err
     assert err.count("\n") == 1
+
+
+def test_rollbacks_are_told_and_then_used_up(tmp_path):
+    """The second time, with a quarter of the learning rate, as it is the same step that is bad."""
+    train = ("train", *own_recipe(tmp_path), "--config.max_rollbacks=2", "--workdir=run")
+    out, err = run(*train, cwd=tmp_path, code=1)
+    assert "Going back to step 20 with 0.5 of the learning rate (rollback 1 of 2)" in out
+    assert "with 0.25 of the learning rate (rollback 2 of 2)" in out
+    assert "All rollbacks are used up. The last good checkpoint is step 20." in err
+    assert err.count("\n") == 1
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [5, 10, 15, 20, 25]

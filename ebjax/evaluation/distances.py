@@ -8,14 +8,25 @@ import numpy.typing as npt
 from ebjax.evaluation.checks import flat_examples
 from ebjax.samplers import diagnostics
 
-__all__ = ["frechet_distance", "maximum_mean_discrepancy"]
+__all__ = ["flat_pair", "frechet_distance", "maximum_mean_discrepancy"]
 
 
-def _pair(first: npt.ArrayLike, second: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    first, second = flat_examples("first", first), flat_examples("second", second)
+def flat_pair(
+    first: npt.ArrayLike,
+    second: npt.ArrayLike,
+    names: tuple[str, str] = ("first", "second"),
+    minimum: int = 2,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Two samples as [N, D] and [M, D], checked to be finite and of one size D.
+
+    Raises:
+      ValueError: naming the sample and what is wrong with it.
+    """
+    first = flat_examples(names[0], first, minimum)
+    second = flat_examples(names[1], second, minimum)
     if first.shape[1] != second.shape[1]:
         raise ValueError(
-            f"Examples of first have {first.shape[1]} components and those of second "
+            f"Examples of {names[0]} have {first.shape[1]} components and those of {names[1]} "
             f"{second.shape[1]}; they must have the same."
         )
     return first, second
@@ -42,7 +53,7 @@ def frechet_distance(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
     >>> float(frechet_distance(np.eye(3), np.eye(3)))
     0.0
     """
-    first, second = _pair(first, second)
+    first, second = flat_pair(first, second)
     covariance_1, covariance_2 = np.cov(first.T), np.cov(second.T)
     values, vectors = np.linalg.eigh(np.atleast_2d(covariance_1))
     root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
@@ -75,4 +86,4 @@ def maximum_mean_discrepancy(first: npt.ArrayLike, second: npt.ArrayLike) -> flo
     >>> maximum_mean_discrepancy(np.eye(3), np.eye(3) + 9.0) > 0.5
     True
     """
-    return float(diagnostics.maximum_mean_discrepancy(*_pair(first, second)))
+    return float(diagnostics.maximum_mean_discrepancy(*flat_pair(first, second)))

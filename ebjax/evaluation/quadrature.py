@@ -214,7 +214,8 @@ def grid_figures(model: GridLaw, reference: Target | GridLaw) -> dict[str, float
     log_p, log_q, log_weights = model.log_density, reference.log_density, model.log_weights
     divergences = both_divergences(log_weights, log_p, log_q)
     coarse = both_divergences(*_coarse(axes, log_p, log_q))
-    change = np.where(divergences == coarse, 0.0, np.subtract(divergences, coarse))
+    with np.errstate(invalid="ignore"):  # both infinite: no change
+        change = np.where(divergences == coarse, 0.0, divergences - coarse)
     densities = np.exp(log_p), np.exp(log_q)
     entropies = [
         -np.sum(np.exp(log_weights) * p * np.where(p > 0.0, log, 0.0))

@@ -10,10 +10,20 @@ import optax
 import pytest
 
 from ebjax.energies import mlp_energy
-from ebjax.objectives import contrastive_loss, persistent_contrastive_divergence
-from ebjax.samplers import langevin, mala
+from ebjax.energies.boltzmann import enumerate_states
+from ebjax.objectives.chain_divergence import ChainDivergence, log_nearest_distance
+from ebjax.objectives.contrastive_divergence import (
+    contrastive_divergence,
+    contrastive_loss,
+    persistent_contrastive_divergence,
+    short_run,
+)
+from ebjax.objectives.regularizers import energy_magnitude, gradient_penalty
+from ebjax.samplers import gibbs, langevin, mala
 
 module = importlib.import_module("ebjax.objectives.contrastive_divergence")
+chains_module = importlib.import_module("ebjax.objectives.persistent_chains")
+divergence_module = importlib.import_module("ebjax.objectives.chain_divergence")
 
 ENERGY = mlp_energy((8,))
 STILL = langevin(step_size=np.zeros(()))  # chains that stay where they start
@@ -291,8 +301,8 @@ def test_the_check_sees_chains_that_restart(monkeypatch):
         state = kernel.init(energy_fn, params, uniform(key))
         return run_chain(key, kernel, energy_fn, params, state, 1)
 
-    run_chain = module.run_chain
-    monkeypatch.setattr(module, "run_chain", restarting)
+    run_chain = chains_module.run_chain
+    monkeypatch.setattr(chains_module, "run_chain", restarting)
     assert gradient_z_scores().max() > 5.0
 
 
@@ -334,14 +344,341 @@ def test_positions_may_be_pytrees():
     assert shapes(new) == shapes(carry)
 
 
+# Where the chains start.
+
+
+def at_the_example(key, example):
+    del key
+    return example
+
+
+@pytest.mark.parametrize("make", ["contrastive_divergence", "short_run", "born_at_the_example"])
+def test_chains_start_where_they_should(make):
+    """With a kernel that does not move, the ends are the starts."""
+    objective = {
+        "contrastive_divergence": contrastive_divergence(ENERGY.apply, STILL, num_steps=2),
+        "short_run": short_run(ENERGY.apply, STILL, uniform, num_steps=2),
+        "born_at_the_example": short_run(ENERGY.apply, STILL, at_the_example, num_steps=2),
+    }[make]
+    _, params, _, keys, batch = setting(STILL)
+    batch = batch + 5.0
+    carry = objective.init(jax.random.key(0), params, batch)
+    _, (carry, metrics) = jax.jit(objective.loss)(params, carry, keys, batch)
+    ends = np.asarray(carry.position[:, 0])
+    if make == "short_run":
+        assert np.abs(ends).max() <= 1.0
+    else:
+        np.testing.assert_array_equal(ends, batch)
+        assert metrics["energy_gap"] == 0.0
+    np.testing.assert_array_equal(carry.age, 2)
+
+
+# CD-k on a model that can be enumerated: four spins, single-site Gibbs sampling.
+STATES = np.asarray(enumerate_states((4,)), float)
+SPINS = {
+    "couplings": np.array([[0, 2.0, 0, -1], [2.0, 0, 1.5, 0], [0, 1.5, 0, 1], [-1, 0, 1, 0]]),
+    "bias": np.array([-1.2, -0.5, 0.3, 0.4]),
+}
+
+
+def spin_energy(params, x):
+    return -0.5 * x @ params["couplings"] @ x - params["bias"] @ x
+
+
+def spin_laws(num_steps):
+    """Laws over the 16 states: the data's, that after k random-site Gibbs updates, the model's."""
+    logits = np.array([-spin_energy(SPINS, x) for x in STATES])
+    model = np.exp(logits) / np.exp(logits).sum()
+    transition = np.zeros((16, 16))
+    for i, state in enumerate(STATES):
+        for site in range(4):
+            other = state.copy()
+            other[site] = 1.0 - other[site]
+            j = np.flatnonzero((other == STATES).all(1))[0]
+            transition[i, j] += 0.25 * model[j] / (model[i] + model[j])
+            transition[i, i] += 0.25 * model[i] / (model[i] + model[j])
+    data = np.full(16, 1 / 16)
+    return data, data @ np.linalg.matrix_power(transition, num_steps), model
+
+
+def spin_gradient(positive, negative):
+    """Of the loss, given the laws of data and samples, and what one sample contributes."""
+    terms = np.concatenate([-0.5 * STATES[:, :, None] * STATES[:, None], -STATES[..., None]], 2)
+    terms = terms.reshape(16, -1)
+    variance = negative @ terms**2 - (negative @ terms) ** 2
+    return (positive - negative) @ terms, variance
+
+
+def sampled_spin_gradient(num_steps, num_copies=2000):
+    objective = contrastive_divergence(spin_energy, gibbs(), num_steps=num_steps)
+    batch = np.repeat(STATES, num_copies, axis=0)
+    carry = objective.init(jax.random.key(0), SPINS, batch)
+    keys = jax.random.split(jax.random.key(1), len(batch))
+    gradient, _ = jax.jit(jax.grad(objective.loss, has_aux=True))(SPINS, carry, keys, batch)
+    return np.concatenate([gradient["couplings"], gradient["bias"][:, None]], 1).ravel()
+
+
+@pytest.mark.parametrize("num_steps", [1, 40])
+def test_contrastive_divergence_is_that_of_the_transition_matrix(num_steps, x64):
+    data, after, model = spin_laws(num_steps)
+    (expected, variance), (exact, _) = spin_gradient(data, after), spin_gradient(data, model)
+    error = np.sqrt(np.maximum(variance, 1e-12) / (16 * 2000))
+    sampled = sampled_spin_gradient(num_steps)
+    assert np.abs((sampled - expected) / error).max() < 5.0
+    # With k the gradient becomes that of the likelihood; one step is far from it.
+    assert (np.abs(expected - exact).max() < 1e-3) == (num_steps == 40)
+    assert (np.abs((sampled - exact) / error).max() < 6.0) == (num_steps == 40)
+
+
+# Conditional energies.
+
+
+def given_energy(params, x, context):
+    return 0.5 * jnp.sum(jnp.square(x - params[context]))
+
+
+def conditional(**options):
+    objective = persistent_contrastive_divergence(
+        given_energy, langevin(step_size=0.2), uniform, **{"num_steps": 3, **options},
+        has_context=True,
+    )  # fmt: skip
+    means = jnp.array([[-3.0, 0.0], [0.0, 2.0], [4.0, 4.0]])
+    contexts = jnp.arange(30) % 3
+    batch = (means[contexts] + 0.5, contexts)
+    carry = objective.init(jax.random.key(2), means, batch)
+    return objective, means, carry, jax.random.split(jax.random.key(3), 30), batch
+
+
+def test_chains_keep_their_context(x64):
+    objective, means, carry, keys, (points, contexts) = conditional(
+        chains_per_example=2, rebirth_probability=0.0
+    )
+    np.testing.assert_array_equal(carry.context[:, 0], contexts)
+    assert np.any(carry.context[:, 1] != contexts)
+    shuffled = (points, jnp.roll(contexts, 1))
+    run = jax.jit(jax.grad(objective.loss, has_aux=True))
+    gradient, (new, _) = run(means, carry, keys, shuffled)
+    np.testing.assert_array_equal(new.context, carry.context)
+    # d E / d mean_c sums m_c - x over the examples of context c, and over the chains of context c.
+    moved = np.any(np.asarray(new.position != carry.position), -1)
+    ends, of_ends = np.asarray(new.position)[moved], np.asarray(new.context)[moved]
+
+    def formula(negative_contexts):
+        expected = np.zeros((3, 2))
+        np.add.at(expected, np.asarray(shuffled[1]), np.asarray(means[shuffled[1]] - points))
+        np.subtract.at(expected, negative_contexts, means[negative_contexts] - ends)
+        return expected / 30
+
+    np.testing.assert_allclose(gradient, formula(of_ends), atol=1e-12)
+    # The control: chains judged under the context that their slot holds now.
+    assert np.abs(gradient - formula(np.asarray(shuffled[1]))).max() > 0.1
+
+
+def test_chains_born_anew_take_the_context_of_the_example():
+    objective, means, carry, keys, (points, contexts) = conditional(rebirth_probability=1.0)
+    shuffled = (points, jnp.roll(contexts, 1))
+    _, (new, _) = jax.jit(objective.loss)(means, carry, keys, shuffled)
+    np.testing.assert_array_equal(new.context[:, 0], shuffled[1])
+
+
+# The dependence of the chains on the parameters.
+
+
+def scaled_energy(scale, x):
+    return 0.5 * scale * jnp.sum(jnp.square(x))
+
+
+def divergence_setting(step_size, divergence, num_steps=1, temperature=1.0):
+    objective = contrastive_divergence(
+        scaled_energy,
+        langevin(step_size=step_size, temperature=temperature),
+        num_steps=num_steps,
+        divergence=divergence,
+    )
+    batch = jax.random.normal(jax.random.key(0), (6, 2))
+    carry = objective.init(jax.random.key(1), 1.7, batch)
+    keys = jax.random.split(jax.random.key(2), 6)
+    run = jax.jit(jax.grad(objective.loss, has_aux=True))
+    gradient, (carry, metrics) = run(1.7, carry, keys, batch)
+    return gradient, np.asarray(batch), np.asarray(carry.position[:, 0]), metrics
+
+
+def test_the_gradient_through_the_last_step_is_the_closed_form(x64):
+    """x = (1 - h λ) x_0 + noise, so d E_frozen(x) / dλ = λ x · (-h x_0), beside (x_0² - x²) / 2."""
+    weight, h, scale = 0.7, 0.2, 1.7
+    gradient, start, end, metrics = divergence_setting(h, ChainDivergence(weight=weight))
+    plain = 0.5 * (np.sum(start**2, 1) - np.sum(end**2, 1)).mean()
+    term = -scale * h * np.sum(end * start, 1).mean()
+    assert gradient == pytest.approx(plain + weight * term, abs=1e-12)
+    assert abs(term) > 0.1
+    energy = 0.5 * scale * np.sum(end**2, 1).mean()
+    assert metrics["chain_divergence"] == pytest.approx(weight * energy)
+
+
+@pytest.mark.parametrize("num_differentiable", [1, 3])
+def test_only_the_last_steps_are_differentiated_through(num_differentiable, x64):
+    """Without noise x = (1 - h λ)^L y; y, where the last L of three steps start, is constant."""
+    options = ChainDivergence(num_steps=num_differentiable)
+    gradient, start, end, _ = divergence_setting(0.2, options, num_steps=3, temperature=0.0)
+    scale, factor = 1.7, 1.0 - 0.2 * 1.7
+    np.testing.assert_allclose(end, factor**3 * start, rtol=1e-12)
+    plain = 0.5 * (np.sum(start**2, 1) - np.sum(end**2, 1)).mean()
+    slope = -0.2 * num_differentiable * end / factor
+    assert gradient == pytest.approx(plain + scale * np.sum(end * slope, 1).mean(), abs=1e-12)
+
+
+def without_a_step(monkeypatch=None):
+    if monkeypatch is not None:  # the bug: the energy that judges the ends is not frozen
+        monkeypatch.setattr(divergence_module.jax.lax, "stop_gradient", lambda tree: tree)
+    options = ChainDivergence(entropy_weight=0.3)
+    return divergence_setting(np.zeros(()), options)[0]
+
+
+def test_without_a_step_the_divergence_has_no_gradient(x64):
+    # Chains that stay at the data: the energies cancel, and the term adds nothing.
+    assert abs(without_a_step()) < 1e-14
+
+
+def test_the_check_sees_a_judge_that_is_not_frozen(monkeypatch, x64):
+    assert abs(without_a_step(monkeypatch)) > 0.1
+
+
+def test_nearest_neighbours_are_others(x64):
+    points = jax.random.normal(jax.random.key(0), (20, 3))
+    distances = np.linalg.norm(points[:, None] - points[None], axis=-1)
+    others = distances + np.diag(np.full(20, np.inf))
+    index = jnp.arange(20)
+    found = log_nearest_distance(points, points, index)
+    np.testing.assert_allclose(found, np.log(others.min(1)), rtol=1e-10)
+    # A slice of the points against all of them, as one of four devices has it.
+    part = log_nearest_distance(points[5:10], points, index[5:10])
+    np.testing.assert_allclose(part, found[5:10])
+    gradient = jax.grad(lambda p: log_nearest_distance(p, points, index).sum())(points)
+    away = points - points[others.argmin(1)]
+    np.testing.assert_allclose(gradient, away / others.min(1)[:, None] ** 2, rtol=1e-8)
+    wrong = log_nearest_distance(points, points, index + 20)  # nobody is left out
+    assert np.all(wrong < -10.0)
+    assert np.isfinite(
+        jax.grad(lambda p: log_nearest_distance(p, points, index + 20).sum())(points)
+    ).all()
+
+
+# Penalties, adaptive step sizes, resets.
+
+
+def test_penalties_are_at_data_and_at_negatives(x64):
+    objective, params, carry, keys, batch = setting(
+        regularizers=(energy_magnitude(0.2), gradient_penalty(0.1))
+    )
+    loss, (new, metrics) = objective.loss(params, carry, keys, batch)
+    slope = jax.jit(jax.vmap(jax.grad(ENERGY.apply, 1), (None, 0)))
+
+    def penalty(points):
+        squares = np.sum(np.square(slope(params, points)), -1)
+        return np.mean(0.2 * np.square(energies(params, points)) + 0.1 * squares)
+
+    expected = penalty(batch) + penalty(new.position[:, 0])
+    assert metrics["penalty"] == pytest.approx(expected, rel=1e-10)
+    assert loss == pytest.approx(float(metrics["energy_gap"] + expected), rel=1e-10)
+
+
+def mala_of(step_size):
+    return mala(step_size=step_size)
+
+
+def test_step_sizes_follow_acceptance():
+    """Steps that start a thousand times too small and too large come to the same acceptance."""
+    num, target = 64, 0.57
+    objective = persistent_contrastive_divergence(
+        gaussian_energy,
+        mala_of,
+        uniform,
+        num_steps=3,
+        target_acceptance=target,
+        rebirth_probability=0.0,
+        adaptation_gain=0.2,
+    )
+    batch = jnp.zeros((num, 2))
+    carry = objective.init(jax.random.key(2), TRUE, batch)
+    np.testing.assert_allclose(carry.log_step_size, np.log(0.1), rtol=1e-6)
+    starts = jnp.where(jnp.arange(num) % 2 == 0, np.log(1e-3), np.log(30.0))
+    carry = carry._replace(log_step_size=starts)
+
+    @jax.jit
+    def run(carry):
+        def body(carry, t):
+            keys = jax.random.split(jax.random.fold_in(jax.random.key(3), t), num)
+            _, (carry, metrics) = objective.loss(TRUE, carry, keys, batch)
+            return carry, metrics
+
+        return jax.lax.scan(body, carry, jnp.arange(400))
+
+    carry, metrics = run(carry)
+    # 200 updates of 64 slots of 3 steps each, and an acceptance that varies by less than 1/2.
+    assert abs(np.mean(metrics["acceptance_rate"][200:]) - target) < 0.02
+    even, odd = carry.log_step_size[::2], carry.log_step_size[1::2]
+    spread = np.std(np.asarray(carry.log_step_size)) / np.sqrt(num / 4)
+    assert abs(even.mean() - odd.mean()) < 5.0 * spread
+    assert metrics["acceptance_rate"][0] > 0.4  # half of them start above 0.99
+    assert 0.5 < np.exp(np.mean(carry.log_step_size)) < 4.0
+
+
+@pytest.mark.parametrize("is_low", [True, False])
+def test_chains_that_fell_too_low_are_born_anew(is_low):
+    """A pit at 50: chains that sit in it lie far below the data, for as long as patience lasts."""
+
+    def energy_fn(params, x):
+        return params - 100.0 * jnp.exp(-0.5 * jnp.sum(jnp.square(x - 50.0)))
+
+    objective, _, carry, keys, batch = setting(
+        STILL,
+        energy_fn=energy_fn,
+        chains_per_example=2,
+        rebirth_probability=0.0,
+        reset_margin=10.0,
+        reset_patience=2,
+    )
+    pit = 50.0 if is_low else 0.0
+    carry = carry._replace(position=jnp.full_like(carry.position, pit), age=carry.age + 100)
+    _, (carry, metrics) = objective.loss(0.0, carry, keys, batch)
+    assert metrics["resets"] == 0.0
+    assert np.all(np.asarray(carry.position) == pit)
+    np.testing.assert_array_equal(carry.num_low, int(is_low))
+    _, (carry, metrics) = objective.loss(0.0, carry, keys, batch)
+    assert metrics["resets"] == float(is_low)
+    np.testing.assert_array_equal(carry.num_low, 0)
+    if is_low:
+        assert np.abs(carry.position).max() <= 1.0
+        assert len(np.unique(carry.position[..., 0])) == carry.age.size
+        assert np.all(np.asarray(carry.age) == 0)
+    else:
+        assert np.all(np.asarray(carry.position) == pit)
+
+
 ERRORS = {
     "num_steps": {"num_steps": 0},
     "chains_per_example": {"chains_per_example": 0},
     "rebirth_probability": {"rebirth_probability": 1.5},
+    "reset_margin": {"reset_margin": -1.0},
+    "reset_patience": {"reset_patience": 0},
+    "target_acceptance": {"target_acceptance": 1.5, "kernel": mala_of},
+    "step_size": {"target_acceptance": 0.5, "kernel": mala_of, "step_size": 0.0},
+    "adaptation_gain": {"target_acceptance": 0.5, "kernel": mala_of, "adaptation_gain": -1.0},
+    "num_differentiable_steps": {"divergence": ChainDivergence(num_steps=5)},
+    "entropy_weight": {"divergence": ChainDivergence(entropy_weight=-1.0)},
 }
 
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors_name_the_value(name):
-    with pytest.raises(ValueError, match=f"{name} is {ERRORS[name][name]}"):
+    with pytest.raises(ValueError, match=f"{name} is "):
         setting(**ERRORS[name])
+
+
+def test_a_kernel_and_an_adaptive_one_are_told_apart():
+    with pytest.raises(ValueError, match="fixed step size"):
+        setting(MOVING, target_acceptance=0.5)
+    with pytest.raises(ValueError, match="must be a Kernel"):
+        setting(mala_of)
+    with pytest.raises(ValueError, match=r"rebirth_probability is 0\.5"):
+        short_run(ENERGY.apply, MOVING, uniform, num_steps=1, rebirth_probability=0.5)

@@ -179,6 +179,14 @@ def ais_bounds(
         )
     if not 0.0 < confidence < 1.0:
         raise ValueError(f"confidence is {confidence}; it must lie between 0 and 1.")
+    if model_samples is not None:
+        num_samples = _size(model_samples) // num_groups * num_groups
+        if not num_samples:
+            raise ValueError(
+                f"model_samples has {_size(model_samples)} samples; {num_groups} groups need at "
+                "least one each."
+            )
+        model_samples = jax.tree.map(lambda leaf: jnp.asarray(leaf)[:num_samples], model_samples)
     ladder = _ladder(inverse_temperatures)
     options: dict[str, Any] = {
         "num_mcmc_steps": num_mcmc_steps,
@@ -200,15 +208,16 @@ def ais_bounds(
     lower, lower_error = _mean_and_error(forward.island_log_z + base_log_z)
     upper, upper_error = np.inf, 0.0
     if model_samples is not None:
-        num_samples = _size(model_samples) // num_groups * num_groups
-        if not num_samples:
-            raise ValueError(
-                f"model_samples has {_size(model_samples)} samples; {num_groups} groups need at "
-                "least one each."
-            )
-        samples = jax.tree.map(lambda leaf: jnp.asarray(leaf)[:num_samples], model_samples)
         reverse = _reversed_run(
-            reverse_key, kernel, energy_fn, params, base, samples, ladder, step_size, **options
+            reverse_key,
+            kernel,
+            energy_fn,
+            params,
+            base,
+            model_samples,
+            ladder,
+            step_size,
+            **options,
         )
         upper, upper_error = _mean_and_error(base_log_z - reverse.island_log_z)
     quantile = stats.t.ppf(confidence, num_groups - 1)

@@ -92,7 +92,7 @@ def roc_curves(scores: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]) -> Fig
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
     axes.axhline(0.95, color=MUTED, linewidth=0.6, linestyle=":")
-    axes.annotate("95% of data", (1.0, 0.945), fontsize=7, color=MUTED, ha="right", va="top")
+    axes.annotate("95%", (1.01, 0.95), fontsize=7, color=MUTED, va="center", annotation_clip=False)
     for (name, (inside, outside)), color in zip(
         scores.items(), color_of(scores).values(), strict=True
     ):
@@ -118,7 +118,9 @@ def reliability_diagram(curves: Mapping[str, ReliabilityCurve]) -> Figure:
     """
     figure = Figure(figsize=(4.4, 5.0), dpi=120)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
-    upper.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+    upper.plot(
+        [0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), label="calibrated"
+    )
     least = min(float(curve.confidence.min()) for curve in curves.values())
     left = math.floor(10.0 * least - 0.5) / 10.0 if least > 0.15 else 0.0
     for (name, curve), color in zip(curves.items(), color_of(curves).values(), strict=True):
@@ -128,9 +130,6 @@ def reliability_diagram(curves: Mapping[str, ReliabilityCurve]) -> Figure:
         style = {"color": color, "linewidth": 1.3, "marker": "o", "markersize": 3.5}
         upper.plot(curve.confidence, curve.accuracy, label=label, **style)
         lower.plot(curve.confidence, share, **style)
-    upper.annotate(
-        "calibrated", (left, left), (6, 2), textcoords="offset points", fontsize=7, color=MUTED
-    )
     lowest = min(float(curve.accuracy.min()) for curve in curves.values())
     upper.set(xlim=(left, 1.0), ylim=(min(left, lowest - 0.03), 1.02), ylabel="accuracy")
     lower.set(ylim=(0.0, None), xlabel="confidence", ylabel="share")

@@ -134,7 +134,7 @@ def filters(weights: np.ndarray, *, num_columns: int = 10, title: str = "") -> F
     peaks = np.abs(weights).max(axis=(1, 2), keepdims=True)
     num_columns = min(num_columns, len(weights))
     num_rows = math.ceil(len(weights) / num_columns)
-    figure = Figure(figsize=(0.7 * num_columns + 0.3, 0.7 * num_rows + 0.5), dpi=120)
+    figure = Figure(figsize=(0.7 * num_columns + 0.3, 0.7 * num_rows + 0.4), dpi=120)
     axes = figure.subplots()
     scaled = weights / np.where(peaks > 0.0, peaks, 1.0)
     _show_tiles(axes, scaled, num_columns, (-1.0, 1.0), "RdBu_r")

@@ -32,8 +32,8 @@ def _check_planar(name: str, law: GridLaw) -> None:
 def _dots(axes, points: np.ndarray, color: str) -> None:
     """Dots that stay visible whether few or many; the first 4,000."""
     shown = points[:_MAX_DOTS]
-    size = float(np.clip(1500.0 / max(len(shown), 1), 1.2, 14.0))
-    axes.scatter(*shown.T, s=size, color=color, alpha=0.55, linewidths=0, rasterized=True)
+    size = float(np.clip(4000.0 / max(len(shown), 1), 2.0, 14.0))
+    axes.scatter(*shown.T, s=size, color=color, alpha=0.6, linewidths=0, rasterized=True)
 
 
 def _finish(axes, title: str, limits) -> None:
@@ -99,9 +99,11 @@ def density_2d(
     for axes, (title, law) in zip(panels, laws.items(), strict=False):
         image = _heat(axes, law, values[title], highest, color_map)
         _finish(axes, title, _limits(law))
-    figure.colorbar(
-        image, ax=list(panels[: len(laws)]), fraction=0.045, pad=0.02, label=label, extend="max"
-    ).ax.tick_params(labelsize=7)
+    bar = figure.colorbar(
+        image, ax=list(panels[: len(laws)]), fraction=0.045, pad=0.02, extend="max"
+    )
+    bar.ax.tick_params(labelsize=7, colors=INK)
+    bar.set_label(label, fontsize=8, color=INK)
     for axes, (title, points) in zip(panels[len(laws) :], samples.items(), strict=True):
         _dots(axes, _points(title, points), COLORS[0])
         _contours(axes, first)

@@ -139,8 +139,8 @@ def marginalize(
       ValueError: if there is no value of z, or β is not positive.
 
     >>> components = marginalize(lambda means, x, z: 0.5 * (x - means[z]) ** 2, jnp.arange(2))
-    >>> float(components(jnp.zeros(2), 2.0)) == 2.0 - math.log(2.0)
-    True
+    >>> round(float(components(jnp.zeros(2), 2.0)), 4)
+    1.3069
     """
     _check_inverse_temperature(inverse_temperature)
     return bind(

@@ -81,12 +81,25 @@ def data_parallel(
     raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}.")
 
 
+class _Nothing(NamedTuple):
+    """A split tree without arrays, and one that tells ``pmap`` the devices apart."""
+
+    tree: PyTree
+    slots: jax.Array | np.ndarray
+
+
 def _pmapped(step, devices: list[jax.Device]) -> DataParallel:
+    def step_of_any(replicated, split, constant):
+        if not isinstance(split, _Nothing):
+            return step(replicated, split, constant)
+        replicated, tree, metrics = step(replicated, split.tree, constant)
+        return replicated, split._replace(tree=tree), metrics
+
     local = [device for device in devices if device.process_index == jax.process_index()]
     mesh = Mesh(np.array(local), (AXIS_NAME,))
     # One process may run on some of its devices; several processes always run on all.
     pmapped = jax.pmap(
-        step,
+        step_of_any,
         axis_name=AXIS_NAME,
         in_axes=(None, 0, None),
         out_axes=(None, 0, None),
@@ -103,14 +116,24 @@ def _pmapped(step, devices: list[jax.Device]) -> DataParallel:
         leaf = np.asarray(leaf).reshape(-1, *leaf.shape[2:])
         return multihost_utils.process_allgather(leaf, tiled=True)
 
+    def place(replicated, split):
+        if not jax.tree.leaves(split):
+            split = _Nothing(split, np.zeros(len(devices), np.int32))
+        split = _map_arrays(local_part, split)
+        return (
+            _put(replicated, mesh, PartitionSpec()),
+            _put(split, mesh, PartitionSpec(AXIS_NAME)),
+        )
+
+    def collect(replicated, split):
+        split = split.tree if isinstance(split, _Nothing) else _map_arrays(merged, split)
+        return to_host(replicated), split
+
     return DataParallel(
         num_devices=len(devices),
         step=pmapped,
-        place=lambda replicated, split: (
-            _put(replicated, mesh, PartitionSpec()),
-            _put(_map_arrays(local_part, split), mesh, PartitionSpec(AXIS_NAME)),
-        ),
-        collect=lambda replicated, split: (to_host(replicated), _map_arrays(merged, split)),
+        place=place,
+        collect=collect,
         place_constant=lambda constant: _put(constant, mesh, PartitionSpec()),
     )
 

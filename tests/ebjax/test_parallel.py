@@ -94,3 +94,20 @@ def test_to_host_keeps_keys():
     tree = to_host({"key": jax.random.key(5), "x": jnp.ones(2)})
     assert isinstance(tree["x"], np.ndarray)
     assert jax.random.key_data(tree["key"]).tolist() == [0, 5]
+
+
+@pytest.mark.parametrize("nothing", [(), {"a": (), "b": None}])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_a_step_may_have_nothing_to_split(num_devices, backend, nothing):
+    def step(replicated, split, constant):
+        assert jax.tree.structure(split) == jax.tree.structure(nothing)
+        return replicated + jax.lax.psum(constant, AXIS_NAME), split, {}
+
+    program = data_parallel(step, devices=jax.devices()[:num_devices], backend=backend)
+    placed = program.place(np.float32(1.0), nothing)
+    for _ in range(2):
+        *placed, _ = program.step(*placed, program.place_constant(jnp.float32(0.5)))
+    replicated, split = program.collect(*placed)
+    assert replicated == 1.0 + 2 * 0.5 * num_devices
+    assert split == nothing

@@ -96,14 +96,15 @@ class ChainRules(NamedTuple):
                 f"num_differentiable_steps is {self.num_differentiable_steps}; it must be from 0 "
                 f"to the {self.num_steps} steps of an update."
             )
+        is_kernel = hasattr(self.kernel, "init") and hasattr(self.kernel, "step")
         if self.target_acceptance is None:
-            if not isinstance(self.kernel, Kernel):
+            if not is_kernel:
                 raise ValueError(
                     f"kernel is {self.kernel!r}; it must be a Kernel, or with target_acceptance a "
                     "function of the step size."
                 )
             return
-        if isinstance(self.kernel, Kernel):
+        if is_kernel:
             raise ValueError(
                 "kernel is a Kernel with a fixed step size; with target_acceptance give a function "
                 "of the step size, such as lambda h: mala(step_size=h)."

@@ -15,9 +15,17 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from ebjax.objectives.contrastive_divergence import persistent_contrastive_divergence
+from ebjax.objectives.chain_divergence import ChainDivergence
+from ebjax.objectives.contrastive_divergence import (
+    contrastive_divergence,
+    persistent_contrastive_divergence,
+    short_run,
+)
+from ebjax.objectives.cooperative import cooperative
+from ebjax.objectives.jarzynski import jarzynski
+from ebjax.objectives.regularizers import energy_magnitude, gradient_penalty, regularized
 from ebjax.parallel import AXIS_NAME, data_parallel
-from ebjax.samplers import langevin, mala
+from ebjax.samplers import gibbs, langevin, mala
 from ebjax.training import initial_state, make_update, make_update_many
 from ebjax.types import Source
 
@@ -57,6 +65,28 @@ def birth(key):
     return jax.random.normal(key, (2,))
 
 
+def conditional_energy(params, x, label):
+    return energy_fn(params, x - jnp.where(label == 1, 1.0, 0.0))
+
+
+def labelled_point(key):
+    label_key, point_key = jax.random.split(key)
+    return normal_point(point_key), jax.random.bernoulli(label_key).astype(jnp.int32)
+
+
+def gaussian_walker(key, params):
+    return params["mean"] + birth(key)
+
+
+def propose(sampler, key):
+    return sampler + birth(key)
+
+
+def reconstruction(sampler, key, proposal, refined):
+    del proposal
+    return jnp.sum(jnp.square(propose(sampler, key) - refined))
+
+
 class Case(NamedTuple):
     """An objective in a setting.
 
@@ -85,10 +115,60 @@ OBJECTIVES = {
             energy_regularizer=0.1,
         )
     ),
-    "short_run": Case(
-        lambda axis_name: persistent_contrastive_divergence(
-            energy_fn, langevin(step_size=0.1), birth, num_steps=2, rebirth_probability=1.0
+    "short_run_with_chain_divergence": Case(
+        lambda axis_name: short_run(
+            energy_fn,
+            langevin(step_size=0.1),
+            birth,
+            num_steps=2,
+            divergence=ChainDivergence(entropy_weight=0.3),
+            axis_name=axis_name,
         )
+    ),
+    "contrastive_divergence": Case(
+        lambda axis_name: contrastive_divergence(spin_energy, gibbs(), num_steps=2),
+        spin_params,
+        binary_point,
+    ),
+    "conditional_adaptive_contrastive_divergence": Case(
+        lambda axis_name: persistent_contrastive_divergence(
+            conditional_energy,
+            lambda step_size: mala(step_size=step_size),
+            lambda key, example: example[0] + birth(key),
+            num_steps=2,
+            chains_per_example=2,
+            has_context=True,
+            target_acceptance=0.5,
+            regularizers=(gradient_penalty(0.01),),
+            reset_margin=0.0,
+            axis_name=axis_name,
+        ),
+        example=labelled_point,
+    ),
+    "jarzynski": Case(
+        lambda axis_name: jarzynski(
+            energy_fn,
+            0.1,
+            gaussian_walker,
+            walkers_per_example=3,
+            num_steps=2,
+            moved_per_example=2,
+            ess_threshold=0.9999,
+            axis_name=axis_name,
+        )
+    ),
+    "jarzynski_with_a_kernel": Case(
+        lambda axis_name: jarzynski(
+            energy_fn, mala(step_size=0.2), gaussian_walker, axis_name=axis_name
+        )
+    ),
+    "cooperative": Case(
+        lambda axis_name: regularized(
+            cooperative(energy_fn, propose, reconstruction, langevin(step_size=0.1), num_steps=2),
+            lambda params, x: energy_fn(params["energy"], x),
+            energy_magnitude(0.01),
+        ),
+        lambda key: {"energy": energy_params(key), "sampler": jnp.array([0.3, -0.2])},
     ),
 }
 

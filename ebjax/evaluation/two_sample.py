@@ -72,13 +72,17 @@ def classifier_two_sample_test(
     chain's successive positions, copies after resampling) is told apart for that reason alone. The
     larger sample is cut to the size of the smaller one, at random.
 
-    The folds share training examples, so the p-value is approximate: see the accuracy as the
-    figure and the p-value as its scale.
+    Data on levels (pixels of 256 values) give themselves away against samples that are not: add
+    the same noise to both, or round both.
+
+    The folds share training examples, so the p-value is approximate: of 200 tests of 2 x 60 normal
+    pairs from one law, 5% had p < 0.05 and 1.5% had p < 0.01.
 
     Args:
       first: [N, ...].
       second: [M, ...].
-      classifier: ``"nearest_neighbors"`` (√n of them, on standardised components),
+      classifier: ``"nearest_neighbors"`` (√n of them, on standardised components; sees little in
+        many dimensions),
         ``"trees"`` (a hundred random ones), ``"network"`` (two hidden layers of 64), or a
         scikit-learn classifier of your own.
       num_folds: parts of the cross-validation, at least 2.

@@ -83,7 +83,8 @@ def _reversed_run(key, kernel, energy_fn, params, base, starts, ladder, step_siz
     path = geometric_path(energy_fn, base.energy)
     mirrored = np.concatenate([[0.0], 1.0 - ladder[-2::-1], [1.0]])
     if np.ndim(step_size):
-        step_size = jnp.concatenate([jnp.flip(step_size), step_size[:1]])
+        steps = jnp.asarray(step_size)
+        step_size = jnp.concatenate([jnp.flip(steps), steps[:1]])
     return ais_log_z(
         key,
         kernel,
@@ -97,17 +98,18 @@ def _reversed_run(key, kernel, energy_fn, params, base, starts, ladder, step_siz
 
 
 def _mean_and_error(values: jax.Array) -> tuple[float, float]:
-    values = np.asarray(values, np.float64)
-    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
+    logs = np.asarray(values, np.float64)
+    return float(logs.mean()), float(logs.std(ddof=1) / np.sqrt(len(logs)))
 
 
-def _check_base(base: Target) -> float:
+def _check_base(base: Target) -> tuple[Callable[[jax.Array], Position], float]:
+    """Its sampler and its log Z."""
     if base.sample is None or base.log_z is None:
         raise ValueError(
             "The base must have exact samples and a known log_z; normal_base, uniform_base and "
             "bernoulli_base do."
         )
-    return float(base.log_z)
+    return base.sample, float(base.log_z)
 
 
 def _size(samples: Position) -> int:
@@ -168,10 +170,10 @@ def ais_bounds(
     >>> base = normal_base(np.array([[-1.0], [1.0]]))
     >>> bounds = ais_bounds(jax.random.key(1), energy_fn, 1.0, base, random_walk(step_size=0.5),
     ...                     inverse_temperatures=20)
-    >>> abs(bounds.log_z - np.log(np.pi / 2) / 2) < 0.1, bounds.upper
+    >>> bool(abs(bounds.log_z - np.log(np.pi / 2) / 2) < 0.1), bounds.upper
     (True, inf)
     """
-    base_log_z = _check_base(base)
+    draw, base_log_z = _check_base(base)
     if num_groups < 2 or num_chains < num_groups or num_chains % num_groups:
         raise ValueError(
             f"num_chains is {num_chains} and num_groups {num_groups}; give at least 2 groups that "
@@ -194,7 +196,7 @@ def ais_bounds(
         "num_devices": num_devices,
     }
     start_key, forward_key, reverse_key = jax.random.split(key, 3)
-    starts = jax.jit(jax.vmap(base.sample))(jax.random.split(start_key, num_chains))
+    starts = jax.jit(jax.vmap(draw))(jax.random.split(start_key, num_chains))
     forward = ais_log_z(
         forward_key,
         kernel,
@@ -267,7 +269,7 @@ def annealed_log_likelihood(
     Raises:
       ValueError: if the base lacks log Z, or an option is out of range.
     """
-    base_log_z = _check_base(base)
+    _, base_log_z = _check_base(base)
     if chains_per_example < 1:
         raise ValueError(f"chains_per_example is {chains_per_example}; it must be at least 1.")
     starts = jax.tree.map(

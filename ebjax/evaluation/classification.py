@@ -36,12 +36,12 @@ class ReliabilityCurve(NamedTuple):
     Attributes:
       confidence: [bins] mean confidence, increasing.
       accuracy: [bins] share of right answers.
-      count: [bins] examples.
+      num_examples: [bins] how many.
     """
 
     confidence: np.ndarray
     accuracy: np.ndarray
-    count: np.ndarray
+    num_examples: np.ndarray
 
 
 def _check_probabilities(probabilities: npt.ArrayLike) -> np.ndarray:
@@ -80,7 +80,7 @@ def reliability_curve(
 
     >>> probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6]])
     >>> curve = reliability_curve(probabilities, np.array([0, 1, 1]), num_bins=10)
-    >>> curve.accuracy.tolist(), curve.count.tolist()
+    >>> curve.accuracy.tolist(), curve.num_examples.tolist()
     ([1.0, 0.5], [1, 2])
     """
     if num_bins < 1:
@@ -132,7 +132,7 @@ def expected_calibration_error(
     0.25
     """
     curve = reliability_curve(probabilities, labels, num_bins=num_bins, bins=bins)
-    weights = curve.count / curve.count.sum()
+    weights = curve.num_examples / curve.num_examples.sum()
     return float(np.sum(weights * np.abs(curve.accuracy - curve.confidence)))
 
 

@@ -3,10 +3,10 @@
     h(x) = max(0, W x + b), the hidden layer of softmax(V h + c) fitted to (examples, labels)
     distance = |m1 - m2|² + tr(S1 + S2 - 2 (S1^½ S2 S1^½)^½)   of h(first), h(second)
 
-It sees what matters to tell the classes apart, better than pixels do and not well: a Gaussian fitted
-to the pixels of 8x8 digits is 1.9 times as far from held-out digits as other digits are, where in
-pixels it is 1.5 times. Values depend on the classifier: compare them under the same one only, and
-never with distances of features from another network, such as FID's.
+It sees what matters to tell the classes apart, better than pixels do and not well: a Gaussian
+fitted to the pixels of 8x8 digits is 1.9 times as far from held-out digits as other digits are,
+where in pixels it is 1.5 times. Values depend on the classifier: compare them under the same one
+only, and never with distances of features from another network, such as FID's.
 """
 
 from __future__ import annotations

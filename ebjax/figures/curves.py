@@ -124,7 +124,7 @@ def reliability_diagram(curves: Mapping[str, ReliabilityCurve]) -> Figure:
     least = min(float(curve.confidence.min()) for curve in curves.values())
     left = math.floor(10.0 * least - 0.5) / 10.0 if least > 0.15 else 0.0
     for (name, curve), color in zip(curves.items(), color_of(curves).values(), strict=True):
-        share = curve.count / curve.count.sum()
+        share = curve.num_examples / curve.num_examples.sum()
         error = float(np.sum(share * np.abs(curve.accuracy - curve.confidence)))
         label = f"{name}: calibration error {error:.3f}"
         style = {"color": color, "linewidth": 1.3, "marker": "o", "markersize": 3.5}

@@ -135,24 +135,24 @@ def scatter_2d(
     Raises:
       ValueError: if a set is not of points of the plane.
     """
-    sets = {name: _points(name, points) for name, points in sets.items()}
-    if not sets or not all(len(points) for points in sets.values()):
+    clouds = {name: _points(name, points) for name, points in sets.items()}
+    if not clouds or not all(len(points) for points in clouds.values()):
         raise ValueError("sets has no points; give at least one set with at least one.")
     if bounds is None:
-        low, high = np.quantile(next(iter(sets.values())), [0.001, 0.999], axis=0)
+        low, high = np.quantile(next(iter(clouds.values())), [0.001, 0.999], axis=0)
         margin = 0.15 * float((high - low).max()) + 1e-6
-        bounds = tuple((a - margin, b + margin) for a, b in zip(low, high, strict=True))
-    figure = Figure(figsize=(3.3 * len(sets) + 0.4, 3.5), dpi=120, layout="constrained")
-    panels = np.atleast_1d(figure.subplots(1, len(sets)))
+        low, high = low - margin, high + margin
+    else:
+        low, high = np.asarray(bounds, float).T
+    figure = Figure(figsize=(3.3 * len(clouds) + 0.4, 3.5), dpi=120, layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(clouds)))
     for axes, (title, points), color in zip(
-        panels, sets.items(), color_of(sets).values(), strict=True
+        panels, clouds.items(), color_of(clouds).values(), strict=True
     ):
         _dots(axes, points, color)
-        (left, right), (bottom, top) = bounds
-        inside = (points > (left, bottom)) & (points < (right, top))
-        outside = int(np.sum(~inside.all(axis=1)))
+        outside = int(np.sum(np.any((points < low) | (points > high), axis=1)))
         note = f"{title} ({outside} of {len(points)} outside)" if outside else title
-        _finish(axes, note, bounds)
+        _finish(axes, note, list(zip(low, high, strict=True)))
     return figure
 
 

@@ -29,7 +29,7 @@ def test_a_calibrated_predictor_has_none(bins):
         curve = reliability_curve(*data, num_bins=10)
         np.testing.assert_allclose(curve.confidence, [0.6, 0.9])
         np.testing.assert_allclose(curve.accuracy, [0.6, 0.9])
-        assert curve.count.tolist() == [500, 500]
+        assert curve.num_examples.tolist() == [500, 500]
 
 
 def test_a_biased_one_has_its_bias():
@@ -77,14 +77,17 @@ def test_a_calibrated_sample_has_what_noise_gives():
 def test_equal_counts():
     probabilities, labels = random_predictor(np.random.default_rng(0), 1_000)
     curve = reliability_curve(probabilities, labels, num_bins=7, bins="count")
-    assert curve.count.max() - curve.count.min() <= 1
+    assert curve.num_examples.max() - curve.num_examples.min() <= 1
     assert np.all(np.diff(curve.confidence) > 0.0)
 
 
 def test_edges_fall_where_they_should():
     """A confidence of exactly 1 is in the last bin, one on an edge in the bin below."""
     probabilities = np.array([[1.0, 0.0], [0.5, 0.5]])
-    assert reliability_curve(probabilities, np.zeros(2, int), num_bins=2).count.tolist() == [1, 1]
+    assert reliability_curve(probabilities, np.zeros(2, int), num_bins=2).num_examples.tolist() == [
+        1,
+        1,
+    ]
 
 
 def test_figures():

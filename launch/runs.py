@@ -30,7 +30,13 @@ __all__ = [
 ]
 
 RECIPES = {
+    "density": "ebjax.recipes.density",
     "digits": "ebjax.recipes.digits",
+    "energy_ood": "ebjax.recipes.energy_ood",
+    "images": "ebjax.recipes.images",
+    "jarzynski": "ebjax.recipes.jarzynski",
+    "jem": "ebjax.recipes.jem",
+    "rbm": "ebjax.recipes.rbm",
     "hypergrid": "gflownet.recipes.hypergrid",
 }
 

@@ -8,7 +8,7 @@ from command_lines import environment, own_recipe, run
 from rich.console import Console
 
 from launch.reproduce import reproduce
-from launch.runs import UserError
+from launch.runs import UserError, find_recipe, make_config
 from launch.tables import TABLES, Bar, Row, Table
 
 
@@ -70,6 +70,12 @@ def test_rows_and_bars_of_the_tables_are_known():
         assert len(rows) == len(table.rows), name
         assert {bar.row for bar in table.bars} <= rows, name
         assert all(bar.low < bar.high for bar in table.bars), name
+        for row in table.rows:
+            recipe = find_recipe(row.config)
+            make_config(
+                recipe,
+                {"data_path": "digits", **row.settings} if table.needs_data else row.settings,
+            )
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ class LogZBounds(NamedTuple):
 
 def _ladder(inverse_temperatures: int | npt.ArrayLike) -> np.ndarray:
     """[T], from a number of them or as given."""
-    if isinstance(inverse_temperatures, int):
+    if isinstance(inverse_temperatures, (int, np.integer)):
         if inverse_temperatures < 1:
             raise ValueError(
                 f"inverse_temperatures is {inverse_temperatures}; give at least 1, or the ladder."

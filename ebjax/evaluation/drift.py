@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ebjax.evaluation.checks import flat_examples
 from ebjax.evaluation.likelihood import energies_of
 from ebjax.samplers.diagnostics import maximum_mean_discrepancy
 from ebjax.samplers.run import sample
@@ -83,7 +84,7 @@ def long_run_drift(
       A ``Drift``.
 
     Raises:
-      ValueError: if there are fewer than two examples, or steps do not divide.
+      ValueError: if a set has fewer than two examples or is not finite, or steps do not divide.
 
     >>> from ebjax.samplers import mala
     >>> energy_fn = lambda params, x: 0.5 * jnp.sum(x**2)
@@ -98,17 +99,14 @@ def long_run_drift(
             f"num_steps is {num_steps} and num_records {num_records}; records must divide the "
             "steps."
         )
-    if len(data) < 2 or len(reference) < 2:
-        raise ValueError(
-            f"data has {len(data)} examples and reference {len(reference)}; both need at least 2."
-        )
+    flat_examples("data", data)
+    flat = flat_examples("reference", reference)
     thinning = num_steps // num_records
     start = jnp.asarray(data, jnp.result_type(float))
     draws = sample(
         key, kernel, energy_fn, params, start, num_samples=num_records, thinning=thinning
     )
     positions = jnp.concatenate([start[None], draws.positions])
-    flat = np.asarray(reference, np.float64).reshape(len(reference), -1)
     bandwidth = max(_median_square(flat), 1e-12)
     mmd = [
         float(maximum_mean_discrepancy(x, jnp.asarray(reference), bandwidth=bandwidth))

@@ -58,7 +58,8 @@ def test_the_first_row_is_the_data():
     [
         ({"num_steps": 10, "num_records": 3}, DATA, "num_steps is 10"),
         ({"num_steps": 0, "num_records": 1}, DATA, "num_steps is 0"),
-        ({"num_steps": 4, "num_records": 2}, DATA[:1], "data has 1 examples"),
+        ({"num_steps": 4, "num_records": 2}, DATA[:1], "data has shape"),
+        ({"num_steps": 4, "num_records": 2}, DATA / 0.0, "data has"),
     ],
 )
 def test_wrong_calls_are_named(options, data, message):

@@ -76,7 +76,8 @@ def learned_gaussian_mixture(
         return LearnedMixtureParams(means, jnp.zeros(num_components - 1))
 
     def all_log_weights(params):
-        return jnp.concatenate([jnp.zeros_like(params.log_weights, shape=1), params.log_weights])
+        later = jnp.asarray(params.log_weights)
+        return jnp.concatenate([jnp.zeros(1, later.dtype), later])
 
     def apply(params, x):
         squares = jnp.sum(jnp.square(x - params.means), axis=-1)
@@ -90,8 +91,9 @@ def learned_gaussian_mixture(
     def sample(key, params):
         component_key, noise_key = jax.random.split(key)
         component = jax.random.categorical(component_key, all_log_weights(params))
-        noise = jax.random.normal(noise_key, params.means.shape[1:], params.means.dtype)
-        return params.means[component] + standard_deviation * noise
+        means = jnp.asarray(params.means)
+        noise = jax.random.normal(noise_key, means.shape[1:], means.dtype)
+        return means[component] + standard_deviation * noise
 
     return LearnedMixture(
         init, apply, log_z, sample, lambda params: jax.nn.softmax(all_log_weights(params))

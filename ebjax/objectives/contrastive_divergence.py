@@ -132,10 +132,11 @@ def persistent_contrastive_divergence(
     >>> objective = persistent_contrastive_divergence(
     ...     energy_fn, mala(step_size=0.5), lambda key: jax.random.normal(key, (2,)), num_steps=5)
     >>> batch = jnp.ones((100, 2))
-    >>> chains = objective.init(jax.random.key(0), jnp.zeros(2), batch)
+    >>> chains = jax.jit(objective.init)(jax.random.key(0), jnp.zeros(2), batch)
     >>> keys = jax.random.split(jax.random.key(1), 100)
-    >>> jax.grad(objective.loss, has_aux=True)(jnp.zeros(2), chains, keys, batch)[0].round(0)
-    Array([-1., -1.], dtype=float32)
+    >>> gradient_fn = jax.jit(jax.grad(objective.loss, has_aux=True))
+    >>> gradient_fn(jnp.zeros(2), chains, keys, batch)[0].round(0).tolist()
+    [-1.0, -1.0]
     """
     rules = ChainRules(
         kernel=kernel,

@@ -29,7 +29,7 @@ def singular_values(params):
     return np.array([np.linalg.norm(np.reshape(m, (-1, m.shape[-1])), 2) for m in matrices])
 
 
-@pytest.mark.parametrize("shape", [(40, 7), (7, 40), (64, 64), (1, 5), (3, 3, 8, 16), (5, 1)])
+@pytest.mark.parametrize("shape", [(40, 7), (64, 64), (1, 5), (3, 3, 4, 8)])
 def test_the_largest_singular_value(shape):
     for seed in range(5):
         matrix = jax.random.normal(jax.random.key(seed), shape)
@@ -133,14 +133,16 @@ def test_the_objective_at_normalised_weights_is_that_of_the_normalised_energy(x6
             energy_fn,
             langevin(step_size=0.1),
             lambda key: jax.random.normal(key, (2,)),
-            num_steps=2,
+            num_steps=1,
         )
 
-    params = jax.tree.map(lambda leaf: leaf.astype(float), INIT(jax.random.key(0)))
+    energy = mlp_energy((8,))
+    params = energy.init(jax.random.key(0), jnp.zeros(2))
+    params = jax.tree.map(lambda leaf: leaf.astype(float), params)
     batch = jax.random.normal(jax.random.key(1), (4, 2))
     keys = jax.random.split(jax.random.key(2), 4)
-    inside = plain(spectrally_normalized(ENERGY).apply)
-    outside = normalized_objective(plain(ENERGY.apply))
+    inside = plain(spectrally_normalized(energy).apply)
+    outside = normalized_objective(plain(energy.apply))
     carry = inside.init(jax.random.key(3), params, batch)
     gradients = [
         jax.jit(jax.grad(objective.loss, has_aux=True))(params, carry, keys, batch)[0]

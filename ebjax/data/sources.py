@@ -181,6 +181,6 @@ def _load(key: jax.Array, first: int, num: int, *, dataset: Dataset, index, with
         "first": np.uint32(first % _POSITIONS),
         "examples": np.asarray(dataset.examples[unique])[inverse],
     }
-    if with_labels:
+    if with_labels and dataset.labels is not None:
         loaded["labels"] = dataset.labels[rows]
     return loaded

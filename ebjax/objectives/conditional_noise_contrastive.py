@@ -42,7 +42,7 @@ def conditional_noise_contrastive_loss(
       data_energy: [] E(x).
       perturbed_energy: [M] E(y).
 
-    >>> conditional_noise_contrastive_loss(jnp.array(0.0), jnp.zeros(3)).round(4).tolist()
+    >>> round(float(conditional_noise_contrastive_loss(jnp.array(0.0), jnp.zeros(3))), 4)
     1.3863
     """
     return 2.0 * jnp.mean(jax.nn.softplus(data_energy - perturbed_energy))
@@ -94,7 +94,7 @@ def conditional_noise_contrastive(
     ...     lambda params, x: 0.5 * params * jnp.sum(x**2), gaussian_perturbation(1.0)
     ... )
     >>> keys = jax.random.split(jax.random.key(0), 4)
-    >>> objective.loss(0.0, (), keys, jnp.ones((4, 2)))[0].round(4).tolist()
+    >>> round(float(objective.loss(0.0, (), keys, jnp.ones((4, 2)))[0]), 4)
     1.3863
     """
     if num_noise < 1:

@@ -63,7 +63,7 @@ def noise_law(law: Any) -> NoiseLaw:
 
     >>> from ebjax.energies import targets
     >>> law = noise_law(targets.gaussian(jnp.zeros(1), jnp.eye(1)))
-    >>> law.log_prob(jnp.zeros(1)).round(4).tolist()
+    >>> round(float(law.log_prob(jnp.zeros(1))), 4)
     -0.9189
     """
     if isinstance(law, NoiseLaw):
@@ -108,7 +108,7 @@ def noise_contrastive_loss(
       ratio: ν > 0, noise points to a data point. The mean over M times ν: M need not be ν.
 
     >>> value = noise_contrastive_loss(jnp.array(0.0), jnp.zeros(3), ratio=1.0)
-    >>> value.round(4).tolist()  # 2 log 2: a coin
+    >>> round(float(value), 4)  # 2 log 2: a coin
     1.3863
     """
     offset = math.log(ratio)
@@ -180,8 +180,8 @@ def noise_contrastive(
     >>> params = {"energy": 1.0, "log_z": jnp.log(2 * jnp.pi)}  # the noise's own law
     >>> keys = jax.random.split(jax.random.key(0), 4)
     >>> loss, (_, metrics) = objective.loss(params, (), keys, jnp.ones((4, 2)))
-    >>> loss.round(3).tolist(), metrics["log_ratio_noise"].round(3).tolist()
-    (1.386, 0.0)
+    >>> round(float(loss), 3), abs(float(metrics["log_ratio_noise"])) < 1e-5
+    (1.386, True)
     """
     law, ratio = noise_law(noise), noise_ratio(num_noise, ratio)
 

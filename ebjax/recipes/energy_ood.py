@@ -211,15 +211,12 @@ def build(config: EnergyOodConfig) -> Run:
         del key
         own = scores_of(state, sets.held_out)
         foreign = {name: scores_of(state, images) for name, images in sets.foreign.items()}
-        shown = {"held_out": sets.held_out, **sets.foreign}
+        rows = [sets.held_out, *sets.foreign.values()]
+        title = "rows: " + ", ".join(["held out", *(n.replace("_", " ") for n in foreign)])
         return {
             "images": image_grids(
-                {
-                    name.replace("_", " "): images[:24].reshape(-1, 8, 8)
-                    for name, images in shown.items()
-                },
-                num_columns=6,
-                num_rows=4,
+                {title: np.concatenate([images[:12] for images in rows]).reshape(-1, 8, 8)},
+                num_rows=len(rows),
                 limits=(0.0, 1.0),
             ),
             "energies": energy_histogram(

@@ -267,6 +267,7 @@ def _figures_of_merit(key, config, data, state, logits_of, energies_of, sample_i
         "energy_held_out": float(energy_held_out.mean()),
         "energy_samples": float(draws["energies"].mean()),
         "energy_foreign": float(energy_foreign.mean()),
+        "energy_gap": float(energy_held_out.mean() - draws["energies"].mean()),
         "frechet_pixel": frechet_distance(draws["images"], data.held_out_images),
         "frechet_pixel_of_noise": frechet_distance(noises, data.held_out_images),
         "frechet_pixel_of_training_images": frechet_distance(data.images, data.held_out_images),
@@ -281,9 +282,11 @@ def _figures_of_merit(key, config, data, state, logits_of, energies_of, sample_i
 
 
 def _pictures(key, data, state, logits_of, energies_of, samples, noise):
+    from ebjax.evaluation import reliability_curve
     from ebjax.figures import energy_histogram, image_grids, reliability_diagram
 
-    probabilities = jax.nn.softmax(logits_of(state.ema, data.held_out_images))
+    probabilities = np.asarray(jax.nn.softmax(logits_of(state.ema, data.held_out_images)))
+    curve = reliability_curve(probabilities, data.held_out_labels)
     by_class = np.argsort(data.labels, kind="stable")
     first = [by_class[data.labels[by_class] == k][:8] for k in range(_NUM_CLASSES)]
     rows = np.stack(first, axis=1).ravel()
@@ -293,7 +296,7 @@ def _pictures(key, data, state, logits_of, energies_of, samples, noise):
             num_columns=_NUM_CLASSES,
         ),
         "samples": image_grids({"data": data.images, "samples": samples["images"]}),
-        "reliability": reliability_diagram(np.asarray(probabilities), data.held_out_labels),
+        "reliability": reliability_diagram({"held out": curve}),
         "energies": energy_histogram(
             {
                 "data, training": np.asarray(energies_of(state.ema, data.images)),

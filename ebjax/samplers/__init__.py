@@ -25,9 +25,11 @@ from ebjax.samplers.constrained import (
     unconstrain,
 )
 from ebjax.samplers.discrete_langevin import discrete_langevin
+from ebjax.samplers.evaluate import GradientState
 from ebjax.samplers.gibbs import gibbs
 from ebjax.samplers.gibbs_with_gradients import gibbs_with_gradients
 from ebjax.samplers.hmc import hmc
+from ebjax.samplers.ladder import TunedLadder, tune_ladder
 from ebjax.samplers.langevin import (
     LangevinInfo,
     LangevinState,
@@ -43,18 +45,20 @@ from ebjax.samplers.path_auxiliary import path_auxiliary
 from ebjax.samplers.random_walk import random_walk
 from ebjax.samplers.reducers import expectation, fold, histogram, moments, pool_moments
 from ebjax.samplers.run import Reducer, Samples, run_chain, sample
-from ebjax.samplers.tempering import parallel_tempering, tune_ladder
+from ebjax.samplers.tempering import parallel_tempering
 from ebjax.samplers.underdamped import underdamped
 from ebjax.samplers.warmup_and_sample import warmup_and_sample
 
 __all__ = [
     "Domain",
+    "GradientState",
     "LangevinInfo",
     "LangevinState",
     "MALAInfo",
     "MALAState",
     "Reducer",
     "Samples",
+    "TunedLadder",
     "Warmup",
     "Windows",
     "annealed_langevin",

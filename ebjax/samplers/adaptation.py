@@ -28,10 +28,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from ebjax.numerics import neighbouring_keys
+from ebjax.parallel import AXIS_NAME, spread
 from ebjax.samplers.dual_averaging import (
     DualAveragingState,
     dual_averaging_final,
@@ -43,17 +43,18 @@ from ebjax.samplers.welford import (
     WelfordState,
     shrunk_covariance,
     welford_final,
+    welford_gather,
     welford_init,
     welford_update,
 )
+from ebjax.samplers.windows import MANY_CHAINS, Windows, default_windows, warmup_windows
 from ebjax.types import EnergyFn, Kernel, Params, Position, join_arrays, split_arrays
 
 __all__ = ["METRICS", "Warmup", "WarmupInfo", "Windows", "warmup", "warmup_windows"]
 
 METRICS = ("diagonal", "dense", "identity", "variance_ratio")
-# From so many chains on their mean acceptance has little noise, and the search for a step size is
-# good to a factor: there is no need to try much larger ones.
-MANY_CHAINS = 10
+# From MANY_CHAINS on their mean acceptance has little noise, and the search for a step size is good
+# to a factor: there is no need to try much larger ones.
 OVERSHOOT = 10.0
 
 
@@ -95,60 +96,6 @@ class Warmup(NamedTuple):
     info: WarmupInfo
 
 
-class Windows(NamedTuple):
-    """What happens at each step of the warm-up, each [T] bool.
-
-    Attributes:
-      is_start: a stretch begins: the step size is searched anew and dual averaging restarts.
-      is_slow: the position is counted for the metric.
-      is_end: after the step the metric is made from what was counted.
-    """
-
-    is_start: np.ndarray
-    is_slow: np.ndarray
-    is_end: np.ndarray
-
-
-def warmup_windows(
-    num_steps: int, *, num_first: int = 75, num_last: int = 50, num_base: int = 25
-) -> Windows:
-    """Stan's schedule: a fast stretch, slow windows that double, a fast stretch.
-
-    The last slow window takes what the next one would not fit into. Where the three do not fit
-    into ``num_steps`` they become 15 %, 10 % and one window of the rest.
-
-    Args:
-      num_steps: T.
-      num_first: steps before the first window.
-      num_last: steps after the last window.
-      num_base: steps of the first window.
-
-    Returns:
-      ``Windows``, on the host. Fewer than 20 steps have no window.
-
-    >>> windows = warmup_windows(1000)
-    >>> np.flatnonzero(windows.is_end).tolist()
-    [99, 149, 249, 449, 949]
-    """
-    is_start, is_slow, is_end = np.zeros((3, num_steps), bool)
-    is_start[:1] = True
-    if num_steps < 20:
-        return Windows(is_start, is_slow, is_end)
-    if num_first + num_base + num_last > num_steps:
-        num_first, num_last = int(0.15 * num_steps), int(0.1 * num_steps)
-        num_base = num_steps - num_first - num_last
-    start, end, size = num_first, num_steps - num_last, num_base
-    is_slow[start:end] = True
-    while start < end:
-        stop = start + size
-        if stop + 2 * size > end:
-            stop = end
-        is_end[stop - 1] = True
-        is_start[stop] = True
-        start, size = stop, 2 * size
-    return Windows(is_start, is_slow, is_end)
-
-
 def warmup(
     key: jax.Array,
     make_kernel: Callable[..., Kernel],
@@ -163,6 +110,7 @@ def warmup(
     harmonic: bool = False,
     initial_step_size: float | jax.Array = 1.0,
     windows: Windows | None = None,
+    num_devices: int = 1,
 ) -> Warmup:
     """Adapts step size and metric of a kernel, and moves chains to where they may be sampled.
 
@@ -172,14 +120,16 @@ def warmup(
       key: [] key.
       make_kernel: called with the keywords ``step_size`` and ``inverse_mass``: ``nuts`` or
         ``mala`` itself, or ``bind(hmc, num_steps=10)`` (``ebjax.types.bind``; a ``lambda`` is
-        another function each time that it is written, and compiles again). Its state must be good
+        another function each time that it is written, and compiles again), or for discrete
+        positions ``bind(discrete_langevin, num_categories=K)``. Its state must be good
         under other step sizes and masses, and its info must have an ``acceptance_rate``.
       energy_fn: E.
       params: its parameters.
       initial_positions: [C, ...].
       num_steps: T, static; 1,000 is the custom for few chains, 50 to 200 do for hundreds.
-      target_acceptance: in (0, 1); 0.8 suits HMC and NUTS, 0.57 MALA.
-      metric: (static) ``"identity"``; ``"diagonal"`` or ``"dense"``, from the covariance of the
+      target_acceptance: in (0, 1); 0.8 suits HMC and NUTS, 0.57 MALA and discrete Langevin.
+      metric: (static) ``"identity"``, where ``make_kernel`` needs to take a ``step_size`` only;
+        ``"diagonal"`` or ``"dense"``, from the covariance of the
         positions; ``"variance_ratio"``, the diagonal ``sqrt(var x_i / var ∂E/∂x_i)``, known from
         far fewer draws and exact where components are independent and Gaussian; the kernel's
         state must have a ``gradient``.
@@ -189,6 +139,9 @@ def warmup(
       initial_step_size: > 0, where the search for a first step size starts.
       windows: the schedule; by default ``warmup_windows(num_steps)``, and for pooled chains
         windows that start shorter.
+      num_devices: (static) local devices to spread the chains over; must divide C. Chains that
+        share their adaptation share it over all devices, so that the result is that of one
+        device up to rounding.
 
     Returns:
       A ``Warmup``; sample with its ``kernel`` from its ``positions``. If not pooled, map ``sample``
@@ -212,8 +165,13 @@ def warmup(
     True
     """
     num_chains = _check(initial_positions, num_steps, metric, target_acceptance, initial_step_size)
+    if num_devices < 1 or num_chains % num_devices:
+        raise ValueError(
+            f"num_devices is {num_devices}; it must be at least 1 and divide the {num_chains} "
+            "chains."
+        )
     if windows is None:
-        windows = _default_windows(num_steps, num_chains if pooled else 1)
+        windows = default_windows(num_steps, num_chains if pooled else 1)
     if any(len(flags) != num_steps for flags in windows):
         raise ValueError(
             f"windows are of {[len(flags) for flags in windows]} steps; num_steps is {num_steps}."
@@ -226,8 +184,11 @@ def warmup(
         metric=metric,
         pooled=pooled,
         harmonic=harmonic,
+        num_devices=num_devices,
     )
-    kernel = make_kernel(step_size=step_size, inverse_mass=inverse_mass) if pooled else None
+    kernel = None
+    if pooled:
+        kernel = make_kernel(step_size=step_size, **_mass_option(metric, inverse_mass))
     return Warmup(step_size, inverse_mass, positions, kernel, info)
 
 
@@ -250,17 +211,6 @@ def _check(positions, num_steps, metric, target_acceptance, initial_step_size) -
     return min(sizes)[0]
 
 
-def _default_windows(num_steps: int, num_chains: int) -> Windows:
-    if num_chains < MANY_CHAINS:
-        return warmup_windows(num_steps)
-    return warmup_windows(
-        num_steps,
-        num_first=min(75, max(5, round(0.1 * num_steps))),
-        num_last=min(50, max(10, round(0.2 * num_steps))),
-        num_base=max(5, 100 // num_chains),
-    )
-
-
 class _Carry(NamedTuple):
     """What passes from step to step, for chains that share their adaptation (G of them)."""
 
@@ -270,36 +220,68 @@ class _Carry(NamedTuple):
     inverse_mass: jax.Array | None
 
 
-@functools.partial(jax.jit, static_argnames=("functions", "metric", "pooled", "harmonic"))
-def _warmup(replicated, positions, *, functions, metric, pooled, harmonic):
+@functools.partial(
+    jax.jit, static_argnames=("functions", "metric", "pooled", "harmonic", "num_devices")
+)
+def _warmup(replicated, positions, *, functions, metric, pooled, harmonic, num_devices):
     index = jnp.arange(len(jax.tree.leaves(positions)[0]))
     adapt = functools.partial(
-        _adapt, functions=functions, metric=metric, harmonic=harmonic, replicated=replicated
+        _adapt,
+        functions=functions,
+        metric=metric,
+        harmonic=harmonic,
+        axis_name=AXIS_NAME if pooled and num_devices > 1 else None,
+        num_chains=len(index) if pooled else 1,
     )
+
+    def together(replicated, split):
+        step_size, inverse_mass, positions, info = adapt(*split, replicated=replicated)
+        # What is equal on all devices leaves them with an axis of its own.
+        equal = jax.tree.map(lambda leaf: leaf[None], (step_size, inverse_mass, info))
+        return equal, positions
+
+    def apart(replicated, split):
+        alone = jax.tree.map(lambda leaf: leaf[:, None], split)
+        one = functools.partial(adapt, replicated=replicated)
+        step_size, inverse_mass, positions, info = jax.vmap(one)(*alone)
+        positions = jax.tree.map(lambda leaf: leaf[:, 0], positions)
+        return (step_size, inverse_mass, info), positions
+
+    run = spread(together if pooled else apart, num_devices)
+    (step_size, inverse_mass, info), positions = run(replicated, (index, positions))
     if pooled:
-        return adapt(index, positions)
-    alone = jax.tree.map(lambda leaf: leaf[:, None], (index, positions))
-    step_size, inverse_mass, positions, info = jax.vmap(adapt, out_axes=(0, 0, 0, 1))(*alone)
-    return step_size, inverse_mass, jax.tree.map(lambda leaf: leaf[:, 0], positions), info
+        first = lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)  # noqa: E731
+        return first(step_size), first(inverse_mass), positions, first(info)
+    info = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), info)
+    return step_size, inverse_mass, positions, info
 
 
-def _adapt(index, positions, *, functions, metric, harmonic, replicated):
-    """One adaptation, shared by the chains ``index`` [G] that start at ``positions`` [G, ...]."""
+def _adapt(index, positions, *, functions, metric, harmonic, axis_name, num_chains, replicated):
+    """One adaptation, shared by ``num_chains`` chains.
+
+    Those of this device are ``index`` [G], which start at ``positions`` [G, ...]; means are taken
+    over ``axis_name`` as well. Every device then takes the same steps, so the branches and loops
+    that hold the collectives agree.
+    """
     key, params, arrays, target, initial, windows = replicated
     make_kernel, energy_fn = join_arrays(arrays, functions)
     step_key, search_key = jax.random.split(key)
     dtype = ravel_pytree(positions)[0].dtype
     initial = jnp.asarray(initial, dtype)
 
+    def mean(values):
+        local = jnp.mean(values)
+        return local if axis_name is None else jax.lax.pmean(local, axis_name)
+
     def advance(key, state, step_size, inverse_mass):
-        kernel = make_kernel(step_size=step_size, inverse_mass=inverse_mass)
+        kernel = make_kernel(step_size=step_size, **_mass_option(metric, inverse_mass))
         step = jax.vmap(lambda key, state: kernel.step(key, energy_fn, params, state))
         state, info = step(neighbouring_keys(key, index), state)
         # An acceptance that is NaN counts as 0 and would otherwise hide those of all others.
         acceptance = jnp.nan_to_num(info.acceptance_rate).astype(dtype)
-        acceptance = 1.0 / jnp.mean(1.0 / acceptance) if harmonic else acceptance.mean()
+        acceptance = 1.0 / mean(1.0 / acceptance) if harmonic else mean(acceptance)
         if kernel.num_evaluations is None:
-            return state, info, acceptance, info.num_evaluations.astype(dtype).mean()
+            return state, info, acceptance, mean(info.num_evaluations.astype(dtype))
         return state, info, acceptance, jnp.asarray(kernel.num_evaluations, dtype)
 
     def search(carry, t):
@@ -308,7 +290,7 @@ def _adapt(index, positions, *, functions, metric, harmonic, replicated):
             return advance(key, carry.state, step_size, carry.inverse_mass)[2:]
 
         step_size, cost = search_step_size(attempt, initial, target=target)
-        overshoot = OVERSHOOT if len(index) < MANY_CHAINS else 1.0
+        overshoot = OVERSHOOT if num_chains < MANY_CHAINS else 1.0
         return carry._replace(averaging=dual_averaging_init(step_size, overshoot=overshoot)), cost
 
     def body(carry, xs):
@@ -322,19 +304,18 @@ def _adapt(index, positions, *, functions, metric, harmonic, replicated):
         carry = carry._replace(state=state, averaging=averaging)
         if metric != "identity":
             carry = jax.lax.cond(is_slow, _count_positions(metric), lambda carry: carry, carry)
-            carry = jax.lax.cond(is_end, _renew_metric(metric), lambda carry: carry, carry)
+            carry = jax.lax.cond(is_end, renew, lambda carry: carry, carry)
         history = WarmupInfo(
             step_size=step_size,
             acceptance_rate=acceptance,
-            energy=info.energy.mean(),
+            energy=mean(info.energy),
             num_evaluations=cost + searched,
-            is_finite=info.is_finite.astype(dtype).mean(),
+            is_finite=mean(info.is_finite.astype(dtype)),
         )
         return carry, history
 
-    state = jax.vmap(
-        lambda x: make_kernel(step_size=initial, inverse_mass=None).init(energy_fn, params, x)
-    )(positions)
+    first_kernel = make_kernel(step_size=initial, **_mass_option(metric, None))
+    state = jax.vmap(lambda x: first_kernel.init(energy_fn, params, x))(positions)
     size = ravel_pytree(positions)[0].size // len(index)
     carry = _Carry(
         state=state,
@@ -342,10 +323,16 @@ def _adapt(index, positions, *, functions, metric, harmonic, replicated):
         moments=_no_moments(metric, size, dtype),
         inverse_mass=_first_mass(metric, size, dtype),
     )
+    renew = _renew_metric(metric, axis_name)
     steps = jnp.arange(len(windows[0]))
     carry, history = jax.lax.scan(body, carry, (steps, *windows))
     step_size = dual_averaging_final(carry.averaging)
     return step_size, carry.inverse_mass, carry.state.position, history
+
+
+def _mass_option(metric: str, inverse_mass: jax.Array | None) -> dict[str, Any]:
+    """None for the identity, so that kernels without a mass may adapt their step size."""
+    return {} if metric == "identity" else {"inverse_mass": inverse_mass}
 
 
 def _first_mass(metric: str, size: int, dtype: Any) -> jax.Array | None:
@@ -372,15 +359,16 @@ def _count_positions(metric: str) -> Callable[[_Carry], _Carry]:
     return count
 
 
-def _renew_metric(metric: str) -> Callable[[_Carry], _Carry]:
+def _renew_metric(metric: str, axis_name: str | None) -> Callable[[_Carry], _Carry]:
     def renew(carry):
+        moments = welford_gather(carry.moments, axis_name)
         if metric == "variance_ratio":
-            of_position, of_gradient = jnp.split(welford_final(carry.moments), 2)
+            of_position, of_gradient = jnp.split(welford_final(moments), 2)
             inverse_mass = jnp.sqrt(of_position / of_gradient)
             is_good = jnp.isfinite(inverse_mass) & (inverse_mass > 0.0)
             inverse_mass = jnp.where(is_good, inverse_mass, carry.inverse_mass)
         else:
-            inverse_mass = shrunk_covariance(carry.moments)
+            inverse_mass = shrunk_covariance(moments)
         empty = jax.tree.map(jnp.zeros_like, carry.moments)
         return carry._replace(inverse_mass=inverse_mass, moments=empty)
 

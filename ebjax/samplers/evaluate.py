@@ -11,14 +11,37 @@ A kernel keeps ``parts`` in its state, so that the same state is good under othe
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ebjax.types import EnergyFn, Params, Position
 
-__all__ = ["value", "value_and_gradient"]
+__all__ = ["GradientState", "init_with_gradient", "value", "value_and_gradient"]
+
+
+class GradientState(NamedTuple):
+    """A point with what the next step needs of it, so that a step costs one gradient.
+
+    The state of MALA, HMC and NUTS.
+
+    Attributes:
+      position: the chain's point, any pytree of arrays.
+      energy: [] E at the point.
+      gradient: ∇E at the point, as ``position``.
+      parts: what the energy function wants kept, as above.
+    """
+
+    position: Position
+    energy: jax.Array
+    gradient: Position
+    parts: Any = ()
+
+
+def init_with_gradient(energy_fn: EnergyFn, params: Params, position: Position) -> GradientState:
+    """The state at ``position``; one evaluation."""
+    return GradientState(position, *value_and_gradient(energy_fn, params, position))
 
 
 def value_and_gradient(

@@ -24,38 +24,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ebjax.samplers.evaluate import value_and_gradient
+from ebjax.samplers.evaluate import GradientState, init_with_gradient
 from ebjax.samplers.metric import Metric, scaled_gradient, scaled_noise
 from ebjax.types import EnergyFn, Params, Position
 
 __all__ = [
-    "HamiltonianState",
     "Phase",
     "any_chain",
     "check_step_size",
     "drift",
-    "init",
     "inner_product",
     "inner_products",
     "kick",
     "leapfrog",
 ]
-
-
-class HamiltonianState(NamedTuple):
-    """A point with what the next step needs of it, so that a leapfrog step costs one gradient.
-
-    Attributes:
-      position: the chain's point, any pytree of arrays.
-      energy: [] E at the point.
-      gradient: ∇E at the point, as ``position``.
-      parts: what the energy function wants kept (see ``ebjax.samplers.evaluate``).
-    """
-
-    position: Position
-    energy: jax.Array
-    gradient: Position
-    parts: Any = ()
 
 
 class Phase(NamedTuple):
@@ -70,11 +52,6 @@ class Phase(NamedTuple):
     position: Position
     momentum: Position
     force: Position
-
-
-def init(energy_fn: EnergyFn, params: Params, position: Position) -> HamiltonianState:
-    """The state at ``position``; one evaluation."""
-    return HamiltonianState(position, *value_and_gradient(energy_fn, params, position))
 
 
 def check_step_size(step_size: Any) -> None:
@@ -117,10 +94,10 @@ def drift(metric: Metric, position: Position, momentum: Position, step: jax.Arra
 
 def leapfrog(
     energy_fn: EnergyFn, params: Params, metric: Metric, phase: Phase, step: jax.Array
-) -> tuple[Phase, HamiltonianState]:
+) -> tuple[Phase, GradientState]:
     """One step of size ``step`` (negative: backward in time) and the state at its end."""
     momentum = kick(phase.momentum, phase.force, 0.5 * step)
-    state = init(energy_fn, params, drift(metric, phase.position, momentum, step))
+    state = init_with_gradient(energy_fn, params, drift(metric, phase.position, momentum, step))
     force = scaled_gradient(metric, state.gradient)
     return Phase(state.position, kick(momentum, force, 0.5 * step), force), state
 

@@ -20,14 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ebjax.numerics import random_normal_and_uniform
-from ebjax.samplers.evaluate import value_and_gradient
+from ebjax.samplers.evaluate import GradientState, init_with_gradient, value_and_gradient
 from ebjax.samplers.hamiltonian import (
-    HamiltonianState,
     Phase,
     any_chain,
     check_step_size,
     drift,
-    init,
     inner_product,
     kick,
 )
@@ -88,7 +86,7 @@ def hmc(
         reverse-mode gradient through such a transition.
 
     Returns:
-      A ``Kernel`` with ``HamiltonianState`` and ``HMCInfo``. L gradients a transition.
+      A ``Kernel`` with ``GradientState`` and ``HMCInfo``. L gradients a transition.
 
     Raises:
       ValueError: naming the option that is out of range.
@@ -108,7 +106,7 @@ def hmc(
     if isinstance(jitter, (int, float)) and not 0.0 <= jitter < 1.0:
         raise ValueError(f"jitter is {jitter}; it must be at least 0 and below 1.")
     return Kernel(
-        init=bind(init),
+        init=bind(init_with_gradient),
         step=bind(
             _step,
             step_size=step_size,
@@ -128,7 +126,7 @@ def _trajectory(
     phase: Phase,
     step: jax.Array,
     length: int | jax.Array,
-) -> tuple[Position, HamiltonianState]:
+) -> tuple[Position, GradientState]:
     """``length`` leapfrog steps, the kicks between two of them joined: momentum and state."""
 
     def advance(position, momentum, step):
@@ -151,7 +149,7 @@ def _trajectory(
         _, position, momentum = jax.lax.while_loop(
             lambda loop: any_chain(loop[0] < length), masked, (jnp.int32(1), position, momentum)
         )
-    end = init(energy_fn, params, drift(metric, position, momentum, step))
+    end = init_with_gradient(energy_fn, params, drift(metric, position, momentum, step))
     return kick(momentum, scaled_gradient(metric, end.gradient), 0.5 * step), end
 
 
@@ -159,14 +157,14 @@ def _step(
     key: jax.Array,
     energy_fn: EnergyFn,
     params: Params,
-    state: HamiltonianState,
+    state: GradientState,
     *,
     step_size,
     num_steps,
     metric,
     jitter,
     random_length,
-) -> tuple[HamiltonianState, HMCInfo]:
+) -> tuple[GradientState, HMCInfo]:
     momentum, uniform = random_normal_and_uniform(key, state.position, 3)
     step = step_size * (1.0 + jitter * (2.0 * uniform[1] - 1.0))
     # Truncation makes it uniform on 1 ... L; the minimum guards L beyond the bits of a float.

@@ -26,28 +26,16 @@ import numpy.typing as npt
 import optax
 
 from ebjax.numerics import all_finite, random_normal_and_uniform
-from ebjax.samplers.evaluate import value_and_gradient
+from ebjax.samplers.evaluate import GradientState, init_with_gradient
 from ebjax.samplers.langevin import check_positive
 from ebjax.samplers.metric import Metric, kinetic_energy, make_metric, scaled_noise, velocity
-from ebjax.types import EnergyFn, Kernel, Params, Position, bind
+from ebjax.types import EnergyFn, Kernel, Params, bind
 
 __all__ = ["MALAInfo", "MALAState", "mala"]
 
 
-class MALAState(NamedTuple):
-    """A point with what the next step needs of it, so that a step costs one gradient.
-
-    Attributes:
-      position: the chain's point, any pytree of arrays.
-      energy: [] E at the point.
-      gradient: ∇E at the point, as ``position``.
-      parts: what the energy function wants kept (see ``ebjax.samplers.evaluate``).
-    """
-
-    position: Position
-    energy: jax.Array
-    gradient: Position
-    parts: Any = ()
+# The state of HMC and NUTS as well.
+MALAState = GradientState
 
 
 class MALAInfo(NamedTuple):
@@ -84,7 +72,7 @@ def mala(
         over the raveled position; best near the covariance of the law.
 
     Returns:
-      A ``Kernel`` with ``MALAState`` and ``MALAInfo``. One gradient a step.
+      A ``Kernel`` with ``GradientState`` and ``MALAInfo``. One gradient a step.
 
     Raises:
       ValueError: naming the option that is out of range.
@@ -105,15 +93,11 @@ def mala(
         "temperature": temperature,
         "metric": make_metric(inverse_mass),
     }
-    return Kernel(init=bind(_init), step=bind(_step, **options))
-
-
-def _init(energy_fn: EnergyFn, params: Params, position: Position) -> MALAState:
-    return MALAState(position, *value_and_gradient(energy_fn, params, position))
+    return Kernel(init=bind(init_with_gradient), step=bind(_step, **options))
 
 
 def log_proposal_ratio(
-    start: MALAState, end: MALAState, *, step_size: Any, temperature: Any, metric: Metric
+    start: GradientState, end: GradientState, *, step_size: Any, temperature: Any, metric: Metric
 ) -> jax.Array:
     """[] log q(start | end) - log q(end | start)."""
     products = jax.tree.map(
@@ -131,12 +115,12 @@ def _step(
     key: jax.Array,
     energy_fn: EnergyFn,
     params: Params,
-    state: MALAState,
+    state: GradientState,
     *,
     step_size,
     temperature,
     metric,
-) -> tuple[MALAState, MALAInfo]:
+) -> tuple[GradientState, MALAInfo]:
     scale = jnp.sqrt(2.0 * step_size * temperature)
     noise, uniform = random_normal_and_uniform(key, state.position)
     position = jax.tree.map(
@@ -145,7 +129,7 @@ def _step(
         velocity(metric, state.gradient),
         scaled_noise(metric, noise),
     )
-    proposal = _init(energy_fn, params, position)
+    proposal = init_with_gradient(energy_fn, params, position)
     options = {"step_size": step_size, "temperature": temperature, "metric": metric}
     log_acceptance = (state.energy - proposal.energy) / temperature
     log_acceptance += log_proposal_ratio(state, proposal, **options)

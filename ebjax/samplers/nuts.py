@@ -30,12 +30,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ebjax.numerics import neighbouring_keys, random_normal_and_uniform
+from ebjax.samplers.evaluate import GradientState, init_with_gradient
 from ebjax.samplers.hamiltonian import (
-    HamiltonianState,
     Phase,
     any_chain,
     check_step_size,
-    init,
     inner_product,
     inner_products,
     leapfrog,
@@ -92,7 +91,7 @@ def nuts(
         kept up to terms of exp(-threshold), so it should not be small.
 
     Returns:
-      A ``Kernel`` with ``HamiltonianState`` and ``NUTSInfo``. The number of gradients differs from
+      A ``Kernel`` with ``GradientState`` and ``NUTSInfo``. The number of gradients differs from
       transition to transition, so there is no reverse-mode gradient through it.
 
     Raises:
@@ -115,7 +114,7 @@ def nuts(
     if isinstance(divergence_threshold, (int, float)) and not divergence_threshold > 0.0:
         raise ValueError(f"divergence_threshold is {divergence_threshold}; it must be positive.")
     return Kernel(
-        init=bind(init),
+        init=bind(init_with_gradient),
         step=bind(
             _step,
             step_size=step_size,
@@ -130,7 +129,7 @@ def nuts(
 class _Draw(NamedTuple):
     """A point drawn from a set of points: ``log_weight`` [] is log Σ exp(H_reference - H) of it."""
 
-    state: HamiltonianState
+    state: GradientState
     energy_error: jax.Array
     log_weight: jax.Array
 
@@ -387,13 +386,13 @@ def _step(
     key: jax.Array,
     energy_fn: EnergyFn,
     params: Params,
-    state: HamiltonianState,
+    state: GradientState,
     *,
     step_size,
     metric,
     max_depth,
     divergence_threshold,
-) -> tuple[HamiltonianState, NUTSInfo]:
+) -> tuple[GradientState, NUTSInfo]:
     noise_key, leaf_key = jax.random.split(key)
     momentum, uniform = random_normal_and_uniform(noise_key, state.position)
     # Noise is not typed as varying over devices, even where its key is.

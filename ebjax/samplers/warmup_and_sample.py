@@ -29,6 +29,7 @@ def warmup_and_sample(
     target_acceptance: float = 0.8,
     metric: str = "diagonal",
     initial_step_size: float = 1.0,
+    num_devices: int = 1,
     **options: Any,
 ) -> tuple[Samples, Warmup]:
     """Adapts a kernel, freezes it, and samples with it from where the warm-up ended.
@@ -45,7 +46,8 @@ def warmup_and_sample(
       target_acceptance: of ``warmup``; 0.8 suits HMC and NUTS, 0.57 MALA.
       metric: of ``warmup``.
       initial_step_size: of ``warmup``.
-      **options: of ``sample``, such as ``thinning``, ``num_devices``, ``reducers``.
+      num_devices: of both: local devices to spread the chains over.
+      **options: of ``sample``, such as ``thinning``, ``reducers``.
 
     Returns:
       ``(draws, adapted)``; of ``draws`` nothing comes from the warm-up, whose evaluations are in
@@ -74,6 +76,7 @@ def warmup_and_sample(
         target_acceptance=target_acceptance,
         metric=metric,
         initial_step_size=initial_step_size,
+        num_devices=num_devices,
     )
     assert adapted.kernel is not None  # since the chains share it
     draws = sample(
@@ -83,6 +86,7 @@ def warmup_and_sample(
         params,
         adapted.positions,
         num_samples=num_samples,
+        num_devices=num_devices,
         **options,
     )
     return draws, adapted

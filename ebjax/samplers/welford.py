@@ -22,6 +22,7 @@ __all__ = [
     "WelfordState",
     "shrunk_covariance",
     "welford_final",
+    "welford_gather",
     "welford_init",
     "welford_merge",
     "welford_update",
@@ -79,6 +80,21 @@ def welford_merge(first: WelfordState, second: WelfordState) -> WelfordState:
         squares = jnp.outer(difference, difference)
     scatter = first.scatter + second.scatter + first.num_points * share * squares
     return WelfordState(count, first.mean + share * difference, scatter)
+
+
+def welford_gather(state: WelfordState, axis_name: str | None) -> WelfordState:
+    """The state of the points of all devices, by sums over ``axis_name``; as it is for ``None``."""
+    if axis_name is None:
+        return state
+    count = jax.lax.psum(state.num_points, axis_name)
+    mean = jax.lax.psum(state.num_points * state.mean, axis_name) / jnp.maximum(count, 1.0)
+    difference = state.mean - mean
+    if state.scatter.ndim == 1:
+        squares = jnp.square(difference)
+    else:
+        squares = jnp.outer(difference, difference)
+    scatter = jax.lax.psum(state.scatter + state.num_points * squares, axis_name)
+    return WelfordState(count, mean, scatter)
 
 
 def welford_final(state: WelfordState) -> jax.Array:

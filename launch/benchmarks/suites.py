@@ -352,7 +352,7 @@ _LOG_Z = {
         "target_acceptance": 0.65,
     },
     "mixture": {
-        "ladder": (128, 3.0),
+        "ladder": (256, 3.0),
         "num_leapfrog": 5,
         "num_mcmc_steps": 10,
         "step_size": 5.0,
@@ -455,6 +455,25 @@ def _smc() -> Suite:
     )
 
 
+def _rbm() -> Suite:
+    options = {
+        "num_visible": 784,
+        "num_hidden": 250,
+        "batch_size": 100,
+        "num_updates": 200,
+        "seed": 0,
+    }
+    return Suite(
+        "Updates of a restricted Boltzmann machine, 784 x 250, PCD-1, batches of 100",
+        "updates",
+        (
+            Variant("ebjax", "rbm", "ebjax_updates", options, 200),
+            Variant("sklearn", "rbm", "sklearn_updates", options, 200),
+        ),
+        (Comparison("ebjax", "sklearn", 3.0),),
+    )
+
+
 SUITES: dict[str, Suite] = {
     "langevin": _langevin(),
     "gflownet_hypergrid": _gflownet_hypergrid(),
@@ -467,4 +486,5 @@ SUITES: dict[str, Suite] = {
     "log_z": _log_z(),
     "cox": _cox(),
     "smc": _smc(),
+    "rbm": _rbm(),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import time
 from collections.abc import Callable
@@ -178,6 +179,18 @@ def efficiency(
 _ARVIZ_NAMES = {"is_divergent": "diverging", "num_evaluations": "n_steps"}
 
 
+def _import_arviz() -> Any:
+    """ArviZ, which takes seconds to import, or the part of ArviZ 1 that converts."""
+    for name in ("arviz", "arviz_base"):
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            continue
+    raise ImportError(
+        "to_arviz needs the package arviz; install it with pip install 'ebjax[arviz]'."
+    )
+
+
 def to_arviz(draws: PyTree, *, info: Any = None) -> Any:
     """Draws and the info of their steps as ArviZ takes them.
 
@@ -187,18 +200,13 @@ def to_arviz(draws: PyTree, *, info: Any = None) -> Any:
         ``lp`` being ``-energy``.
 
     Returns:
-      A ``DataTree`` (ArviZ 1 and later) or ``InferenceData`` (before), with the axes
-      (chain, draw, ...).
+      A ``DataTree`` (ArviZ 1 and later, or its part ``arviz_base`` alone) or ``InferenceData``
+      (before), with the axes (chain, draw, ...).
 
     Raises:
       ImportError: if ArviZ is not installed.
     """
-    try:
-        import arviz  # seconds to import
-    except ImportError as error:
-        raise ImportError(
-            "to_arviz needs the package arviz; install it with pip install 'ebjax[arviz]'."
-        ) from error
+    arviz = _import_arviz()
     check_draws(draws)
 
     def chain_first(leaf):

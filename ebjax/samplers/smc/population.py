@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 
-from ebjax.numerics import all_finite, neighbouring_keys
+from ebjax.numerics import all_finite
 from ebjax.samplers.smc.feynman_kac import (
     Population,
     gather,
@@ -22,32 +21,25 @@ from ebjax.samplers.smc.feynman_kac import (
     reweight,
     start,
 )
+from ebjax.samplers.smc.moves import (
+    Problem,
+    Settings,
+    init_states,
+    is_cached,
+    mass_options,
+    move,
+    retemper,
+)
 from ebjax.samplers.smc.resampling import (
     RESAMPLERS,
     conditional_effective_sample_size,
     log_mean_exp,
 )
-from ebjax.types import EnergyFn, Kernel, Params, Position
+from ebjax.types import EnergyFn, Params, Position
 
-__all__ = ["PopulationResult", "Settings", "TemperatureInfo", "run_population"]
+__all__ = ["PopulationResult", "TemperatureInfo", "run_population"]
 
 _NUM_BISECTIONS = 40
-_ADAPTATION_GAIN = 1.0
-
-
-class Settings(NamedTuple):
-    """Static options of ``smc_sample``, under its names."""
-
-    is_adaptive: bool
-    makes_kernels: bool
-    target_ess: float
-    max_num_temperatures: int
-    num_mcmc_steps: int
-    target_acceptance: float | None
-    preconditioning: str | None
-    resampling: str
-    ess_threshold: float
-    waste_free: bool
 
 
 class TemperatureInfo(NamedTuple):
@@ -95,23 +87,6 @@ class _Carry(NamedTuple):
     num_evaluations: jax.Array
 
 
-class _Problem(NamedTuple):
-    """What does not change during a run, with ``indices`` [N] the global ones of particles."""
-
-    key: jax.Array
-    kernel: Any
-    path: Any  # an EnergyFn, perhaps with the methods of a path
-    params: Params
-    indices: jax.Array
-    settings: Settings
-    axis_name: str | None
-
-    def make_kernel(self, step_size: jax.Array, **options: Any) -> Kernel:
-        if self.settings.makes_kernels:
-            return self.kernel(step_size=step_size, **options)
-        return self.kernel
-
-
 def run_population(
     key: jax.Array,
     kernel: Any,
@@ -130,14 +105,14 @@ def run_population(
     Returns:
       ``(particles [N, ...], log_weights [N], result)``.
     """
-    problem = _Problem(key, kernel, path, params, index, settings, axis_name)
+    problem = Problem(key, kernel, path, params, index, settings, axis_name)
     # A Python number for β, which leaves the dtype of the energy to its other arguments.
     first = jax.tree.map(lambda leaf: leaf[0], positions)
     dtype = jax.eval_shape(lambda p, x: path((0.5, p), x), params, first).dtype
     ladder, step_sizes = ladder.astype(dtype), step_sizes.astype(dtype)
     beta = jnp.zeros((), dtype)
     # The same kernel makes all states, so the options that it starts with do not matter.
-    states = _init(problem, step_sizes[0], beta, positions)
+    states = init_states(problem, step_sizes[0], beta, positions)
     carry = _Carry(
         population=start(states, index, dtype),
         beta=beta,
@@ -172,7 +147,7 @@ def run_population(
     return population.particles.position, population.log_weights, result
 
 
-def _run_adaptive(problem: _Problem, carry: _Carry):
+def _run_adaptive(problem: Problem, carry: _Carry):
     """Steps of the largest β that the conditional effective sample size permits, up to β = 1."""
     num, dtype = problem.settings.max_num_temperatures, carry.beta.dtype
     nothing = jnp.full(num, jnp.nan, dtype)
@@ -207,7 +182,7 @@ def _run_adaptive(problem: _Problem, carry: _Carry):
     return carry, info, num_temperatures
 
 
-def _next_beta(problem: _Problem, beta: jax.Array, log_weights: jax.Array, increments_to):
+def _next_beta(problem: Problem, beta: jax.Array, log_weights: jax.Array, increments_to):
     """The largest β' in (β, 1] where the conditional effective sample size is the one wanted.
 
     It is above the target at β and falls, so bisection keeps ``low`` above and ``high`` below it.
@@ -232,7 +207,7 @@ def _next_beta(problem: _Problem, beta: jax.Array, log_weights: jax.Array, incre
     return jnp.where(is_close(one), one, high)
 
 
-def _advance(problem: _Problem, carry: _Carry, t: jax.Array, choose_beta):
+def _advance(problem: Problem, carry: _Carry, t: jax.Array, choose_beta):
     """One temperature: choose β, weight, resample, move at the new β."""
     settings, axis_name = problem.settings, problem.axis_name
     resample_key, move_key = jax.random.split(jax.random.fold_in(problem.key, t))
@@ -243,7 +218,7 @@ def _advance(problem: _Problem, carry: _Carry, t: jax.Array, choose_beta):
     log_weights, all_increments = gather((population.log_weights, increments), axis_name)
     conditional_ess = conditional_effective_sample_size(log_weights, all_increments)
     population, ess, is_finite = reweight(population, increments, axis_name=axis_name)
-    options = _mass(problem, population)
+    options = mass_options(problem, population)
     variance = carry.variance
     if settings.waste_free:
         variance = variance + _between_chains(all_increments, settings.num_mcmc_steps)
@@ -257,9 +232,9 @@ def _advance(problem: _Problem, carry: _Carry, t: jax.Array, choose_beta):
             ess_threshold=settings.ess_threshold,
             axis_name=axis_name,
         )
-    states, more = _retemper(problem, carry.step_size, beta, population.particles)
+    states, more = retemper(problem, carry.step_size, beta, population.particles)
     num_evaluations += more
-    states, step_size, moves = _move(problem, move_key, beta, carry.step_size, options, states)
+    states, step_size, moves = move(problem, move_key, beta, carry.step_size, options, states)
     if settings.waste_free:
         population = _all_points(problem, population)
     are_finite = jax.vmap(all_finite)(states.position)
@@ -283,23 +258,12 @@ def _advance(problem: _Problem, carry: _Carry, t: jax.Array, choose_beta):
     return carry, info
 
 
-def _is_cached(path: Any, states: Any) -> bool:
-    """Whether states keep what gives their energies and gradients at every β."""
-    return hasattr(path, "evaluate") and hasattr(states, "parts") and hasattr(states, "energy")
-
-
-def _init(problem: _Problem, step_size: jax.Array, beta: jax.Array, positions: Position):
-    kernel = problem.make_kernel(step_size)
-    params = (beta, problem.params)
-    return jax.vmap(lambda x: kernel.init(problem.path, params, x))(positions)
-
-
-def _increments(problem: _Problem, beta: jax.Array, states: Any):
+def _increments(problem: Problem, beta: jax.Array, states: Any):
     """The function β' -> E_β(x) - E_β'(x) [N], and how many evaluations one more call needs."""
     path, params = problem.path, problem.params
     if hasattr(path, "evaluate"):
         parts, cost = states.parts if hasattr(states, "parts") else None, 0.0
-        if not _is_cached(path, states):
+        if not is_cached(path, states):
             evaluate = lambda x: path.evaluate((beta, params), x, with_gradient=False)  # noqa: E731
             parts, cost = jax.vmap(evaluate)(states.position), 1.0
 
@@ -319,80 +283,7 @@ def _increments(problem: _Problem, beta: jax.Array, states: Any):
     return lambda other: before - energies(other), 2.0
 
 
-def _retemper(problem: _Problem, step_size: jax.Array, beta: jax.Array, states: Any):
-    """States at the new β, and evaluations per particle that it took."""
-    if not _is_cached(problem.path, states):
-        cost = 1.0 if hasattr(states, "energy") else 0.0
-        return _init(problem, step_size, beta, states.position), cost
-    params = (beta, problem.params)
-    energy, gradient = jax.vmap(lambda parts: problem.path.assemble(params, parts))(states.parts)
-    states = states._replace(energy=energy)
-    if hasattr(states, "gradient"):
-        states = states._replace(gradient=gradient)
-    return states, 0.0
-
-
-class _Moves(NamedTuple):
-    acceptance_rate: jax.Array
-    last_step_size: jax.Array
-    num_evaluations: jax.Array
-
-
-def _move(problem: _Problem, key, beta, step_size, options, states):
-    """Markov steps at β; with ``waste_free`` the states of all of them, starts included."""
-    settings, dtype = problem.settings, beta.dtype
-    index, num_moves = problem.indices, settings.num_mcmc_steps
-    length = settings.num_mcmc_steps
-    if settings.waste_free:
-        index, num_moves = index[::length] // length, length - 1
-
-    def body(carry, step):
-        states, step_size = carry
-        kernel = problem.make_kernel(step_size, **options)
-        keys = neighbouring_keys(jax.random.fold_in(key, step), index)
-        states, info = jax.vmap(
-            lambda key, state: kernel.step(key, problem.path, (beta, problem.params), state)
-        )(keys, states)
-        acceptance = getattr(info, "acceptance_rate", jnp.full(index.shape, jnp.nan, dtype))
-        count = kernel.num_evaluations
-        count = info.num_evaluations if count is None else jnp.full(index.shape, count)
-        rate, count = gather((acceptance.astype(dtype), count.astype(dtype)), problem.axis_name)
-        moves = _Moves(rate.mean(), step_size, count.mean())
-        if settings.target_acceptance is not None:
-            # A rate of NaN would end all motion.
-            error = jnp.where(
-                jnp.isnan(moves.acceptance_rate),
-                0.0,
-                moves.acceptance_rate - settings.target_acceptance,
-            )
-            step_size = step_size * jnp.exp(_ADAPTATION_GAIN * error)
-        return (states, step_size), (states if settings.waste_free else None, moves)
-
-    if num_moves == 0:
-        zero = jnp.zeros((), dtype)
-        return states, step_size, _Moves(zero + jnp.nan, step_size, zero)
-    (end, step_size), (points, moves) = jax.lax.scan(
-        body, (states, step_size), jnp.arange(num_moves)
-    )
-    share = 1.0 / length if settings.waste_free else 1.0
-    moves = _Moves(
-        moves.acceptance_rate.mean(),
-        moves.last_step_size[-1],
-        moves.num_evaluations.sum() * share,
-    )
-    if settings.waste_free:
-        # [points of a chain, chains] to chains one after the other, so that a device keeps its own.
-        end = jax.tree.map(
-            lambda first, others: (
-                jnp.concatenate([first[None], others]).swapaxes(0, 1).reshape(-1, *first.shape[1:])
-            ),
-            states,
-            points,
-        )
-    return end, step_size, moves
-
-
-def _resample_starts(key: jax.Array, problem: _Problem, population: Population):
+def _resample_starts(key: jax.Array, problem: Problem, population: Population):
     """Draws the N / P starts of waste-free chains of length P."""
     length = problem.settings.num_mcmc_steps
     log_weights, *everyone = gather(
@@ -408,7 +299,7 @@ def _resample_starts(key: jax.Array, problem: _Problem, population: Population):
     return population, jnp.array(True)
 
 
-def _all_points(problem: _Problem, population: Population) -> Population:
+def _all_points(problem: Problem, population: Population) -> Population:
     return population._replace(
         log_weights=jnp.zeros_like(population.log_weights),
         eves=jnp.repeat(population.eves, problem.settings.num_mcmc_steps),
@@ -422,30 +313,3 @@ def _between_chains(log_increments: jax.Array, length: int) -> jax.Array:
         return jnp.full((), jnp.nan, log_increments.dtype)
     relative = jnp.exp(log_increments - log_mean_exp(log_increments))
     return jnp.var(relative.reshape(num_chains, length).mean(1), ddof=1) / num_chains
-
-
-def _mass(problem: _Problem, population: Population) -> dict[str, jax.Array]:
-    """The inverse mass from the weighted particles, as an option of the kernel's maker."""
-    kind, axis_name = problem.settings.preconditioning, problem.axis_name
-    if kind is None:
-        return {}
-    log_weights = gather(population.log_weights, axis_name)
-    peak = jnp.max(log_weights)
-    total = jnp.sum(jnp.exp(log_weights - peak))
-    weights = jnp.exp(population.log_weights - peak) / total
-    flat = jax.vmap(lambda x: ravel_pytree(x)[0])(population.particles.position)
-
-    def over_devices(leaf):
-        return leaf if axis_name is None else jax.lax.psum(leaf, axis_name)
-
-    centred = flat - over_devices(weights @ flat)
-    if kind == "diagonal":
-        variance = over_devices(weights @ jnp.square(centred))
-        return {"inverse_mass": jnp.where(variance > 0.0, variance, 1.0)}
-    covariance = over_devices((weights[:, None] * centred).T @ centred)
-    # Shrunk towards its diagonal, so that it has full rank whatever the number of particles.
-    dim = flat.shape[1]
-    share = dim / (dim + log_weights.size)
-    variance = jnp.diag(covariance)
-    diagonal = jnp.diag(jnp.where(variance > 0.0, variance, 1.0))
-    return {"inverse_mass": (1.0 - share) * covariance + share * diagonal}

@@ -30,11 +30,8 @@ import numpy.typing as npt
 
 from ebjax.parallel import AXIS_NAME, spread
 from ebjax.samplers.smc.feynman_kac import check_method
-from ebjax.samplers.smc.population import (
-    Settings,
-    TemperatureInfo,
-    run_population,
-)
+from ebjax.samplers.smc.moves import Settings
+from ebjax.samplers.smc.population import TemperatureInfo, run_population
 from ebjax.samplers.smc.resampling import log_mean_exp
 from ebjax.types import EnergyFn, Kernel, Params, Position, join_arrays, split_arrays
 

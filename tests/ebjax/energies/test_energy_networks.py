@@ -1,6 +1,7 @@
 """Networks as energies: one example in, one scalar out, smooth in it, nothing shared."""
 
 import functools
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -83,79 +84,108 @@ ENERGIES = {
 each_energy = pytest.mark.parametrize("name", ENERGIES)
 
 
+class Made(NamedTuple):
+    """An energy with params, a batch of six, and its compiled values and slopes in the params."""
+
+    energy: Any
+    init: Any
+    params: Any
+    batch: Any
+    evaluate: Any
+    num_traces: list
+
+
 @functools.cache
 def made(name):
+    """In single precision, whichever test asks first."""
     build, example = ENERGIES[name]
-    energy = build()
-    batch = jax.jit(jax.vmap(example))(jax.random.split(jax.random.key(1), 6))
-    params = jax.jit(energy.init)(jax.random.key(0), jax.tree.map(lambda x: x[0], batch))
-    return energy, params, batch
+    energy, num_traces = build(), []
+
+    @jax.jit
+    def evaluate(params, batch):
+        num_traces.append(1)
+        return jax.vmap(jax.value_and_grad(energy.apply), (None, 0))(params, batch)
+
+    with jax.enable_x64(False):
+        batch = jax.jit(jax.vmap(example))(jax.random.split(jax.random.key(1), 6))
+        init = jax.jit(energy.init)
+        params = init(jax.random.key(0), jax.tree.map(lambda x: x[0], batch))
+    return Made(energy, init, params, batch, evaluate, num_traces)
 
 
 @each_energy
 def test_one_scalar_that_depends_on_params_and_example(name):
-    energy, params, batch = made(name)
-    energies = jax.jit(jax.vmap(energy.apply, (None, 0)))(params, batch)
+    it = made(name)
+    energies, gradients = it.evaluate(it.params, it.batch)
     assert energies.shape == (6,)
     assert energies.dtype == jnp.float32
     assert len(np.unique(energies)) == 6
-    one = jax.tree.map(lambda x: x[0], batch)
-    gradient = jax.jit(jax.grad(energy.apply))(params, one)
     unused = [
         jax.tree_util.keystr(path)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(gradient)
-        if np.all(np.asarray(leaf) == 0)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)
+        if np.all(np.asarray(leaf)[0] == 0)
     ]
     assert unused == []
 
 
 @each_energy
+def test_one_trace_serves_all_params_and_examples(name):
+    it = made(name)
+    it.evaluate(it.params, it.batch)
+    it.evaluate(jax.tree.map(lambda leaf: leaf + 0.1, it.params), it.batch)
+    assert len(it.num_traces) == 1
+
+
+@each_energy
 def test_init_reads_the_shape_and_the_key_only(name):
-    energy, params, batch = made(name)
-    init = jax.jit(energy.init)
-    other = jax.tree.map(lambda x: 100.0 * np.asarray(x)[3], batch)
-    again = init(jax.random.key(0), other)
-    jax.tree.map(np.testing.assert_array_equal, params, again)
-    anew = jax.tree.leaves(init(jax.random.key(5), other))
-    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(params), anew, strict=True))
+    it = made(name)
+    other = jax.tree.map(lambda x: 100.0 * np.asarray(x)[3], it.batch)
+    again = it.init(jax.random.key(0), other)
+    jax.tree.map(np.testing.assert_array_equal, it.params, again)
+    anew = jax.tree.leaves(it.init(jax.random.key(5), other))
+    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(it.params), anew, strict=True))
 
 
 @each_energy
 def test_batch_mates_change_nothing(name):
     """No batch statistics: others in the batch may be anything, also not finite."""
-    energy, params, batch = made(name)
-    apply = jax.jit(jax.vmap(energy.apply, (None, 0)))
-    energies = apply(params, batch)
+    it = made(name)
+    energies, _ = it.evaluate(it.params, it.batch)
     for junk in (1e3, jnp.nan):
         spoiled = jax.tree.map(
-            lambda x, junk=junk: np.concatenate([x[:1], np.full_like(x[1:], junk)]), batch
+            lambda x, junk=junk: np.concatenate([x[:1], np.full_like(x[1:], junk)]), it.batch
         )
-        np.testing.assert_allclose(apply(params, spoiled)[0], energies[0], rtol=1e-6)
+        found, _ = it.evaluate(it.params, spoiled)
+        np.testing.assert_allclose(found[0], energies[0], rtol=1e-6)
 
 
 @each_energy
 def test_gradient_in_x_is_smooth(name, x64):
     """The gradient is that of central differences, and so is the curvature: it has no kinks."""
-    build, example = ENERGIES[name]
-    energy = build()
-    x, direction = (example(jax.random.key(seed)) for seed in (2, 3))
-    params = jax.jit(energy.init)(jax.random.key(0), x)
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
+    it = made(name)
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), it.params)
+    x, direction = (
+        jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i], np.float64), it.batch) for i in (0, 1)
+    )
 
-    @jax.jit
     def along(t):
         moved = jax.tree.map(lambda a, b: a + t * b, x, direction)
-        return energy.apply(params, moved)
+        return it.energy.apply(params, moved)
 
-    slope, bend = jax.jit(jax.grad(along)), jax.jit(jax.grad(jax.grad(along)))
+    @jax.jit
+    @jax.vmap
+    def with_derivatives(t):
+        """Value, slope and curvature; the slope in reverse mode, as samplers take it."""
+        (value, slope), (_, bend) = jax.jvp(jax.value_and_grad(along), (t,), (jnp.ones(()),))
+        return value, slope, bend
+
     eps = 1e-4
-    for t in (0.0, 0.7):
-        central = (along(t + eps) - along(t - eps)) / (2 * eps)
-        np.testing.assert_allclose(slope(t), central, rtol=1e-5, atol=1e-7)
-        curvature = bend(t)
-        central = (slope(t + eps) - slope(t - eps)) / (2 * eps)
-        np.testing.assert_allclose(curvature, central, rtol=1e-5, atol=1e-7)
-        assert abs(curvature) > 1e-6, "piecewise linear: samplers would see no curvature"
+    points = np.array([[t - eps, t, t + eps] for t in (0.0, 0.7)])
+    value, slope, bend = (np.asarray(a).reshape(2, 3) for a in with_derivatives(points.ravel()))
+    for of, derivative in ((value, slope), (slope, bend)):
+        central = (of[:, 2] - of[:, 0]) / (2 * eps)
+        np.testing.assert_allclose(derivative[:, 1], central, rtol=1e-5, atol=1e-7)
+    assert np.abs(bend[:, 1]).min() > 1e-6, "piecewise linear: samplers would see no curvature"
 
 
 def test_the_smoothness_check_sees_relu():
@@ -163,24 +193,6 @@ def test_the_smoothness_check_sees_relu():
     params = energy.init(jax.random.key(0), jnp.zeros(5))
     curvature = jax.grad(jax.grad(lambda t: energy.apply(params, t * jnp.arange(1.0, 6.0))))(0.7)
     assert curvature == 0.0
-
-
-@each_energy
-def test_one_trace_serves_all_params_and_examples(name):
-    energy, params, batch = made(name)
-    num_traces = 0
-
-    @jax.jit
-    def apply(params, x):
-        nonlocal num_traces
-        num_traces += 1
-        return jax.vmap(energy.apply, (None, 0))(params, x)
-
-    energies = apply(params, batch)
-    apply(jax.tree.map(lambda leaf: leaf + 0.1, params), batch)
-    assert num_traces == 1
-    one_by_one = [apply(params, jax.tree.map(lambda x, i=i: x[i : i + 1], batch)) for i in range(2)]
-    np.testing.assert_allclose(np.concatenate(one_by_one), energies[:2], rtol=1e-5, atol=1e-6)
 
 
 @functools.cache
@@ -368,9 +380,9 @@ def test_a_convolutional_energy_without_its_dense_layer():
 
 
 def test_context_reaches_the_module():
-    energy, params, batch = made("pytree")
-    one = jax.tree.map(lambda x: x[0], batch)
-    energies = [energy.apply(params, one, label) for label in range(3)]
+    it = made("pytree")
+    one = jax.tree.map(lambda x: x[0], it.batch)
+    energies = [it.energy.apply(it.params, one, label) for label in range(3)]
     assert len(set(map(float, energies))) == 3
 
 

@@ -10,6 +10,7 @@ import pytest
 from ebjax.energies import targets
 from ebjax.samplers import adaptation, dual_averaging, sample, welford
 from ebjax.samplers.adaptation import warmup, warmup_windows
+from ebjax.samplers.discrete_langevin import discrete_langevin
 from ebjax.samplers.hmc import hmc
 from ebjax.samplers.mala import mala
 from ebjax.types import bind
@@ -156,7 +157,7 @@ def test_windows_of_stan():
 
 @pytest.mark.parametrize("num_steps", [1, 19, 20, 35, 149, 150, 151, 333, 2_000])
 def test_windows_tile_the_slow_stretch(num_steps):
-    for windows in (warmup_windows(num_steps), adaptation._default_windows(num_steps, 100)):
+    for windows in (warmup_windows(num_steps), adaptation.default_windows(num_steps, 100)):
         slow = np.flatnonzero(windows.is_slow)
         assert windows.is_start[0]
         if num_steps < 20:
@@ -253,6 +254,28 @@ def test_a_dense_metric():
     assert np.abs(transposed - np.eye(3)).max() > 5.0 * np.sqrt(2.0 / 400)
 
 
+def chain_of_spins(params, x):
+    spins = 2.0 * x - 1.0
+    return -params * jnp.sum(spins[1:] * spins[:-1]) - 0.2 * jnp.sum(spins)
+
+
+def test_the_step_size_of_a_discrete_kernel():
+    """No metric: the kernel takes a step size alone."""
+    start = jax.random.bernoulli(jax.random.key(0), 0.5, (100, 40)).astype(jnp.float32)
+    options = {"num_steps": 60, "target_acceptance": 0.574, "metric": "identity"}
+    run = functools.partial(warmup, jax.random.key(1), discrete_langevin, chain_of_spins, 0.5)
+    result = run(start, **options)
+
+    def acceptance(kernel):
+        draws = sample(
+            jax.random.key(2), kernel, chain_of_spins, 0.5, result.positions, num_samples=20
+        )
+        return float(draws.info.acceptance_rate.mean())
+
+    assert abs(acceptance(result.kernel) - 0.574) < 0.04
+    assert abs(acceptance(discrete_langevin(step_size=1.5 * result.step_size)) - 0.574) > 0.04
+
+
 def skewed(params, x):
     a, b = x["a"], x["b"]
     return jnp.sum(jnp.cosh(a - params) + 0.3 * a) + 2.0 * jnp.square(b)
@@ -295,6 +318,49 @@ def test_a_chain_on_its_own_does_not_see_the_others(x64):
         np.testing.assert_allclose(many.step_size[0], one, rtol=1e-10)
     np.testing.assert_allclose(many.inverse_mass[0], shared.inverse_mass, rtol=1e-10)
     assert len(set(np.asarray(many.step_size).tolist())) == 6
+
+
+def over_devices(num_devices, **options):
+    start = {"a": jnp.linspace(-1.0, 1.0, 32).reshape(16, 2), "b": jnp.linspace(0.0, 1.0, 16)}
+    make_kernel = bind(hmc, num_steps=2)
+    return warmup(
+        jax.random.key(0),
+        make_kernel,
+        skewed,
+        0.4,
+        start,
+        num_steps=30,
+        num_devices=num_devices,
+        **options,
+    )
+
+
+@functools.cache
+def on_one_device(**options):
+    return over_devices(1, **options)
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "options"),
+    [
+        (2, {"metric": "dense"}),
+        (8, {"metric": "dense"}),
+        pytest.param(8, {"metric": "variance_ratio", "harmonic": True}, marks=pytest.mark.slow),
+        pytest.param(8, {"pooled": False}, marks=pytest.mark.slow),
+    ],
+)
+def test_devices_do_not_matter(num_devices, options, x64):
+    one, many = on_one_device(**options), over_devices(num_devices, **options)
+    for a, b in zip(jax.tree.leaves(one[:3]), jax.tree.leaves(many[:3]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9)
+    for a, b in zip(one.info, many.info, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9)
+
+
+def test_a_metric_of_the_first_device_alone_is_seen(monkeypatch, x64):
+    monkeypatch.setattr(adaptation, "welford_gather", lambda moments, axis_name: moments)
+    one, many = on_one_device(metric="dense"), over_devices(4, metric="dense")
+    assert np.abs(one.inverse_mass - many.inverse_mass).max() > 1e-3
 
 
 def test_single_precision_is_kept_where_doubles_are_on(x64):
@@ -344,6 +410,8 @@ def test_the_harmonic_mean_is_the_more_careful():
         ({"target_acceptance": 80}, "80"),
         ({"initial_step_size": -1.0}, "-1.0"),
         ({"windows": warmup_windows(40)}, "30"),
+        ({"num_devices": 4}, "num_devices is 4"),
+        ({"num_devices": 0}, "num_devices is 0"),
         ({"initial_positions": jnp.zeros((0, 2))}, r"\(0, 2\)"),
         ({"initial_positions": jnp.zeros(())}, r"\(\)"),
     ],

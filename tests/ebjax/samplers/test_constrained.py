@@ -1,5 +1,6 @@
 """Domains: maps to the last digit, folded kernels in exact balance, known laws on each domain."""
 
+import functools
 import importlib
 import math
 
@@ -236,13 +237,21 @@ def invariance_z_scores(kernel, law):
     return max(scores)
 
 
-@pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize(
+    ("name", "law"),
+    [
+        pytest.param(name, law, marks=() if name in fast else pytest.mark.slow)
+        for law, fast in (("truncated_normal", ("mala", "underdamped")), ("von_mises", ("OBABO",)))
+        for name in KERNELS
+    ],
+)
 def test_known_laws_are_invariant_under_folded_kernels(name, law):
     assert invariance_z_scores(folded(KERNELS[name](), LAWS[law][0]), law) < 5.0
 
 
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize(
+    "law", ["truncated_normal", pytest.param("von_mises", marks=pytest.mark.slow)]
+)
 def test_the_invariance_check_sees_a_missing_metropolis_test(law):
     assert invariance_z_scores(folded(langevin(step_size=0.3), LAWS[law][0]), law) > 5.0
 
@@ -324,8 +333,9 @@ def test_projected_langevin_is_langevin_projected():
     params, x = jnp.array([1.0, 2.0, 3.0]), jnp.array([0.2, 0.3, 0.5])
     kernels = langevin(step_size=0.3), projected_langevin(step_size=0.3, domain=simplex())
     states = [kernel.init(energy_fn, params, x) for kernel in kernels]
+    step = lambda kernel, state: kernel.step(jax.random.key(0), energy_fn, params, state)[0]  # noqa: E731
     free, ours = (
-        kernel.step(jax.random.key(0), energy_fn, params, state)[0].position
+        jax.jit(functools.partial(step, kernel))(state).position
         for kernel, state in zip(kernels, states, strict=True)
     )
     np.testing.assert_allclose(ours, simplex().project(free), rtol=1e-6)

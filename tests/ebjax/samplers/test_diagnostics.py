@@ -1,5 +1,7 @@
 """Diagnostics: the numbers of ArviZ, on draws good and bad; tables; speed."""
 
+import importlib
+import sys
 import time
 import warnings
 
@@ -14,6 +16,9 @@ from ebjax.samplers.diagnostics import component, convergence, report
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     arviz = pytest.importorskip("arviz")
+# The same functions of arrays [C, N], before ArviZ 1 and since.
+is_old = hasattr(arviz, "InferenceData")
+reference = arviz if is_old else importlib.import_module("arviz_stats.base").array_stats
 
 SHAPES = [(5, 2), (64, 4)]
 # For the rules that publications ask for; 21 draws have order statistics at 5 % and 95 %.
@@ -60,7 +65,7 @@ def test_effective_sample_size_is_that_of_arviz(x64, shape, method, probability)
     draws, theirs = stacked(shape)
     ours = diagnostics.effective_sample_size(draws, method=method, probability=probability)
     options = {} if probability is None else {"prob": probability}
-    expected = [arviz.ess(case, method=method, **options) for case in theirs]
+    expected = [reference.ess(case, method=method, **options) for case in theirs]
     np.testing.assert_allclose(ours, expected, rtol=1e-6)
 
 
@@ -69,10 +74,10 @@ def test_the_summary_is_that_of_arviz(x64, shape):
     draws, theirs = stacked(shape)
     table = diagnostics.summary(draws).values()
     expected = {
-        "mcse": [arviz.mcse(case, method="mean") for case in theirs],
-        "ess_bulk": [arviz.ess(case, method="bulk") for case in theirs],
-        "ess_tail": [arviz.ess(case, method="tail") for case in theirs],
-        "r_hat": [arviz.rhat(case) if shape[1] > 1 else np.nan for case in theirs],
+        "mcse": [reference.mcse(case, method="mean") for case in theirs],
+        "ess_bulk": [reference.ess(case, method="bulk") for case in theirs],
+        "ess_tail": [reference.ess(case, method="tail") for case in theirs],
+        "r_hat": [reference.rhat(case) if shape[1] > 1 else np.nan for case in theirs],
     }
     if shape[1] == 1:
         assert all(np.isfinite(row.pop("r_hat")) for row in table)
@@ -86,7 +91,7 @@ def test_the_summary_is_that_of_arviz(x64, shape):
 def test_r_hat_is_that_of_arviz(x64, shape, method):
     draws, theirs = stacked(shape)
     name = {"bulk": "z_scale"}.get(method, method)
-    expected = [arviz.rhat(case, method=name) for case in theirs]
+    expected = [reference.rhat(case, method=name) for case in theirs]
     np.testing.assert_allclose(diagnostics.r_hat(draws, method=method), expected, rtol=1e-6)
 
 
@@ -99,13 +104,13 @@ def test_monte_carlo_error_is_that_of_arviz(x64, shape, method, probability):
     draws, theirs = stacked(shape)
     ours = diagnostics.monte_carlo_error(draws, method=method, probability=probability)
     options = {} if probability is None else {"prob": probability}
-    expected = [arviz.mcse(case, method=method, **options) for case in theirs]
+    expected = [reference.mcse(case, method=method, **options) for case in theirs]
     np.testing.assert_allclose(ours, expected, rtol=1e-6)
 
 
 def test_autocorrelation_is_that_of_arviz(x64):
     draws = autoregressive(0.7, 101, 3)
-    expected = arviz.autocorr(draws.T).T
+    expected = reference.autocorr(draws.T).T
     np.testing.assert_allclose(diagnostics.autocorrelation(draws), expected, atol=1e-12)
 
 
@@ -123,7 +128,7 @@ def test_the_comparison_sees_a_missing_part(monkeypatch, x64, name, broken):
     method = "tail" if name == "quantile" else "bulk"
     function = lambda x: component.ESS_METHODS[method](x)  # noqa: E731
     ours = convergence.map_jitted(draws, function=function)
-    expected = np.array([arviz.ess(case, method=method) for case in theirs])
+    expected = np.array([reference.ess(case, method=method) for case in theirs])
     assert np.max(np.abs(np.asarray(ours) / expected - 1.0)) > 1e-3
 
 
@@ -280,7 +285,11 @@ def test_efficiency_times_the_second_run_to_its_end(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_arviz_gets_chains_first():
+@pytest.mark.parametrize("package", ["arviz", "arviz_base"])
+def test_arviz_gets_chains_first(monkeypatch, package):
+    pytest.importorskip(package)
+    if package == "arviz_base":
+        monkeypatch.setitem(sys.modules, "arviz", None)
     energy_fn = lambda params, x: 0.5 * sum(jnp.sum(leaf**2) for leaf in x.values())  # noqa: E731
     start = {"a": jnp.zeros((3, 2)), "b": jnp.zeros(3)}
     draws = sample(jax.random.key(0), mala(step_size=0.5), energy_fn, (), start, num_samples=20)
@@ -291,12 +300,15 @@ def test_arviz_gets_chains_first():
     assert "acceptance_rate" in data.sample_stats
     assert "energy" not in data.sample_stats
     ours = diagnostics.effective_sample_size(draws.positions["b"])
-    np.testing.assert_allclose(arviz.ess(data)["b"], ours, rtol=1e-3)
+    np.testing.assert_allclose(reference.ess(data.posterior["b"].values), ours, rtol=1e-3)
+    assert data.posterior["b"].dims == ("chain", "draw")
+    assert hasattr(data, "children") == (package == "arviz_base" or not is_old)
     bare = diagnostics.to_arviz(draws.positions["a"])
     assert bare.posterior["x"].shape == (3, 20, 2)
 
 
 def test_without_arviz_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "arviz", None)
+    for package in ("arviz", "arviz_base"):
+        monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=r"ebjax\[arviz\]"):
         diagnostics.to_arviz(jnp.zeros((5, 2)))

@@ -41,6 +41,19 @@ CASES = [
     if (name, kind) != ("checkerboard", "categorical")
 ]
 each_case = pytest.mark.parametrize(("name", "kind"), CASES)
+# Other constants or loops of the kernels above, whose matrices test_discrete_exact enumerates.
+VARIANTS = ("gibbs_sweep", "gibbs_cold", "gwg_barker", "dula", "pas_fresh")
+
+
+def mostly(is_slow):
+    """The cases, those that ``is_slow(name, kind)`` among the slow tests."""
+    marks = lambda case: pytest.mark.slow if is_slow(*case) else ()  # noqa: E731
+    cases = [pytest.param(*case, marks=marks(case)) for case in CASES]
+    return pytest.mark.parametrize(("name", "kind"), cases)
+
+
+each_kernel = mostly(lambda name, kind: name in VARIANTS)
+each_law = mostly(lambda name, kind: name in VARIANTS and kind == "categorical")
 PRECISIONS = {"float32": False, "float32_in_x64": True, "float64": True}
 
 
@@ -57,26 +70,24 @@ def energy_fn(params, x):
     return -params * (jnp.sum(across) + jnp.sum(down)) - jnp.sum(field * spins)
 
 
-def start(name, kind, dtype=jnp.float32):
-    kernel = KERNELS[name](CATEGORIES[kind])
-    position = jnp.array([[0.0, 1.0], [1.0, 1.0]], dtype)
+def first_position(kind, dtype=np.float32):
     if kind == "categorical":
-        position = jax.nn.one_hot(jnp.array([[0, 2], [1, 1]]), 3, dtype=dtype)
-    params = jnp.array(0.6, dtype)
-    return kernel, params, kernel.init(energy_fn, params, position)
+        return np.eye(3, dtype=dtype)[np.array([[0, 2], [1, 1]])]
+    return np.array([[0.0, 1.0], [1.0, 1.0]], dtype)
 
 
 @each_case
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_state_is_a_fixed_point_of_step(name, kind, precision):
+    kernel = KERNELS[name](CATEGORIES[kind])
     with jax.enable_x64(PRECISIONS[precision]):
         dtype = jnp.dtype(precision.removesuffix("_in_x64"))
-        kernel, params, state = start(name, kind, dtype)
+        params = jnp.array(0.6, dtype)
+        state = jax.eval_shape(
+            lambda x: kernel.init(energy_fn, params, x), first_position(kind, dtype)
+        )
         new, info = jax.eval_shape(
-            lambda key, params, state: kernel.step(key, energy_fn, params, state),
-            jax.random.key(0),
-            params,
-            state,
+            lambda key, state: kernel.step(key, energy_fn, params, state), jax.random.key(0), state
         )
         chex.assert_trees_all_equal_shapes_and_dtypes(state, new)
         assert new.position.dtype == dtype
@@ -85,137 +96,158 @@ def test_state_is_a_fixed_point_of_step(name, kind, precision):
         assert (info.is_finite.dtype, info.is_finite.shape) == (bool, ())
 
 
-@each_case
+@each_kernel
 def test_jit_vmap_and_loops_agree(name, kind, x64):
-    kernel, params, state = start(name, kind, jnp.float64)
-    step = functools.partial(lambda k, s: kernel.step(k, energy_fn, params, s))
+    kernel, position = KERNELS[name](CATEGORIES[kind]), first_position(kind, np.float64)
+
+    def step(key):
+        return kernel.step(key, energy_fn, 0.6, kernel.init(energy_fn, 0.6, position))
+
     keys = jax.random.split(jax.random.key(1), 4)
-    many = jax.jit(jax.vmap(step, (0, None)))(keys, state)
-    jitted = jax.jit(step)
+    many, jitted = jax.jit(jax.vmap(step))(keys), jax.jit(step)
     for i in range(4):
         of_many = jax.tree.map(lambda leaf, i=i: leaf[i], many)
-        chex.assert_trees_all_close(jitted(keys[i], state), of_many, rtol=1e-12, atol=1e-12)
-    chex.assert_trees_all_close(step(keys[0], state), jitted(keys[0], state), rtol=1e-12)
-    chex.assert_trees_all_equal(jitted(keys[0], state), jitted(keys[0], state))
+        chex.assert_trees_all_close(jitted(keys[i]), of_many, rtol=1e-12, atol=1e-12)
+    chex.assert_trees_all_equal(jitted(keys[0]), jitted(keys[0]))
+    # Operation by operation; the categorical kernels share all that is not traced here.
+    if kind == "binary":
+        chex.assert_trees_all_close(step(keys[0]), jitted(keys[0]), rtol=1e-12)
 
 
-@each_case
+@each_kernel
 def test_positions_stay_discrete_and_the_energy_is_theirs(name, kind):
-    kernel, params, state = start(name, kind)
+    kernel, start = KERNELS[name](CATEGORIES[kind]), first_position(kind)
 
     @jax.jit
-    def chain(state, keys):
+    def chain(keys):
         def body(state, key):
-            state, info = kernel.step(key, energy_fn, params, state)
-            return state, (state.position, info)
+            state, info = kernel.step(key, energy_fn, 0.6, state)
+            return state, (state.position, info, energy_fn(0.6, state.position))
 
-        return jax.lax.scan(body, state, keys)[1]
+        return jax.lax.scan(body, kernel.init(energy_fn, 0.6, start), keys)[1]
 
-    positions, info = chain(state, jax.random.split(jax.random.key(2), 200))
+    positions, info, energies = chain(jax.random.split(jax.random.key(2), 200))
+    positions = np.asarray(positions)
     assert np.all((positions == 0.0) | (positions == 1.0))
     assert kind == "binary" or np.all(positions.sum(-1) == 1.0)
-    energies = jax.vmap(lambda x: energy_fn(params, x))(positions)
     np.testing.assert_allclose(info.energy, energies, atol=1e-5)
     assert np.all(info.is_finite)
     # A cold chain sits at the lowest energy for hundreds of steps.
     assert name == "gibbs_cold" or len(np.unique(positions.reshape(200, -1), axis=0)) > 5
     if hasattr(info, "num_changed") and name != "gibbs_sweep":
-        pairs = jnp.concatenate([state.position[None], positions])
+        pairs = np.concatenate([start[None], positions])
         differs = pairs[1:] != pairs[:-1]
         differs = differs if kind == "binary" else differs.any(-1)
         np.testing.assert_array_equal(info.num_changed, differs.reshape(200, -1).sum(-1))
 
 
+@functools.cache
+def exact_law(kind, params, temperature):
+    """All states [N, ...] and their log-probabilities [N]."""
+    tempered = lambda p, x: energy_fn(p, x) / temperature  # noqa: E731
+    law = enumerate_law(tempered, params, (2, 2), CATEGORIES[kind])
+    return np.asarray(law.states), np.asarray(law.log_probs)
+
+
 def law_z_scores(name, kind, params, law_params, num_chains=5_000, num_steps=6):
     """Exact draws moved on: frequencies of all states against the enumerated law."""
-    num_categories = CATEGORIES[kind]
-    tempered = lambda p, x: energy_fn(p, x) / (0.5 if name == "gibbs_cold" else 1.0)  # noqa: E731
-    law = enumerate_law(tempered, law_params, (2, 2), num_categories)
-    positions = law.states[
-        jax.random.categorical(jax.random.key(0), law.log_probs, shape=(num_chains,))
-    ]
-    kernel = KERNELS[name](num_categories)
+    states, log_probs = exact_law(kind, law_params, 0.5 if name == "gibbs_cold" else 1.0)
+    probs = np.exp(log_probs.astype(np.float64))
+    starts = np.random.default_rng(0).choice(len(states), num_chains, p=probs / probs.sum())
+    kernel = KERNELS[name](CATEGORIES[kind])
     draws = sample(
-        jax.random.key(1), kernel, energy_fn, params, positions, num_samples=1, thinning=num_steps
+        jax.random.key(1),
+        kernel,
+        energy_fn,
+        params,
+        states[starts],
+        num_samples=1,
+        thinning=num_steps,
     )
-    same = draws.positions[0].reshape(num_chains, 1, -1) == law.states.reshape(
-        1, len(law.states), -1
-    )
-    counts = np.asarray(same.all(-1).sum(0), np.float64)
-    probs = np.exp(np.asarray(law.log_probs, np.float64))
+    ends = np.asarray(draws.positions[0]).reshape(num_chains, 1, -1)
+    same = ends == states.reshape(1, len(states), -1)
+    counts = same.all(-1).sum(0)
     known = probs * num_chains > 10.0
     z = (counts - num_chains * probs) / np.sqrt(num_chains * probs * (1.0 - probs))
     return np.abs(z[known]).max()
 
 
-@each_case
+@each_law
 def test_the_law_is_invariant(name, kind):
     if name == "dula":
         pytest.skip("the unadjusted chain has a law of its own; see test_discrete_exact")
     assert law_z_scores(name, kind, 0.6, 0.6) < 5.0
 
 
-@each_case
+@each_law
 def test_the_check_sees_another_law(name, kind):
     assert law_z_scores(name, kind, 0.6, -0.6) > 5.0
 
 
-@each_case
+@each_kernel
 def test_nan_is_flagged_and_nothing_moves_there(name, kind):
-    kernel, params, state = start(name, kind)
+    kernel, position = KERNELS[name](CATEGORIES[kind]), first_position(kind)
     broken = lambda params, x: jnp.where(jnp.sum(x) > 1e9, 0.0, jnp.nan) * jnp.sum(x)  # noqa: E731
-    new, info = kernel.step(
-        jax.random.key(0), broken, params, kernel.init(broken, params, state.position)
-    )
+
+    @jax.jit
+    def step(key):
+        return kernel.step(key, broken, (), kernel.init(broken, (), position))
+
+    new, info = step(jax.random.key(0))
     assert not info.is_finite
-    np.testing.assert_array_equal(new.position, state.position)
+    np.testing.assert_array_equal(new.position, position)
+
+
+@functools.cache
+def walled_program(name, kind):
+    """A state of no energy beside the start; energies read off the value, not the gradient."""
+    kernel, position = KERNELS[name](CATEGORIES[kind]), first_position(kind)
+    wall = position.copy()
+    wall[0, 0] = np.roll(wall[0, 0], 1) if kind == "categorical" else 1.0 - wall[0, 0]
+
+    def walled(bad, x):
+        return energy_fn(0.6, x) + jnp.where(jnp.all(x == wall), bad, 0.0)
+
+    @jax.jit
+    def chains(bad, keys, start):
+        def chain(key):
+            def body(state, key):
+                state, info = kernel.step(key, walled, bad, state)
+                return state, (state.position, info.energy, info.is_finite)
+
+            return jax.lax.scan(body, kernel.init(walled, bad, start), jax.random.split(key, 20))[1]
+
+        return jax.vmap(chain)(keys)
+
+    return chains, position, wall
 
 
 @pytest.mark.parametrize("bad", [jnp.inf, jnp.nan])
-@each_case
+@each_kernel
 def test_a_wall_is_never_entered(name, kind, bad):
-    """A state of no energy beside the start; energies read off the value, not the gradient."""
     if name in ("block_gibbs", "checkerboard"):
         pytest.skip("needs a multilinear energy, which has no walls")
-    kernel, params, state = start(name, kind)
-    wall = state.position.at[0, 0].set(
-        jnp.roll(state.position[0, 0], 1) if kind == "categorical" else 1.0 - state.position[0, 0]
-    )
-
-    def walled(params, x):
-        return energy_fn(params, x) + jnp.where(jnp.all(x == wall), bad, 0.0)
-
-    @jax.jit
-    @jax.vmap
-    def chain(key):
-        def body(state, key):
-            state, info = kernel.step(key, walled, params, state)
-            return state, (state.position, info.energy, info.is_finite)
-
-        start = kernel.init(walled, params, state.position)
-        return jax.lax.scan(body, start, jax.random.split(key, 20))[1]
-
-    positions, energy, is_finite = chain(jax.random.split(jax.random.key(0), 50))
-    assert not np.any(np.all(positions == wall, axis=tuple(range(2, positions.ndim))))
+    chains, position, wall = walled_program(name, kind)
+    keys = jax.random.split(jax.random.key(0), 50)
+    positions, energy, is_finite = chains(jnp.float32(bad), keys, position)
+    is_wall = np.all(np.asarray(positions) == wall, axis=tuple(range(2, positions.ndim)))
+    assert not np.any(is_wall)
     assert np.all(np.isfinite(energy))
     assert not np.all(is_finite)
-    left = KERNELS[name](CATEGORIES[kind]).init(walled, params, wall)
     if bad == jnp.inf:
-
-        def walk(state, key):
-            return kernel.step(key, walled, params, state)[0], None
-
-        end, _ = jax.lax.scan(walk, left, jax.random.split(jax.random.key(1), 100))
-        assert not np.array_equal(end.position, wall), "an infinite start may be left"
+        positions = chains(jnp.float32(bad), keys, wall)[0][:, -1]
+        has_left = np.any(np.asarray(positions) != wall, axis=tuple(range(1, positions.ndim)))
+        assert np.any(has_left), "an infinite start may be left"
 
 
 @each_case
 def test_arguments_and_equality(name, kind):
-    kernel, _, state = start(name, kind)
     build = functools.partial(KERNELS[name], CATEGORIES[kind])
     assert build() == build()
     assert hash(build()) == hash(build())
+    kernel = build()
     assert list(inspect.signature(kernel.init).parameters) == ["energy_fn", "params", "position"]
+    state = jax.eval_shape(lambda x: kernel.init(energy_fn, 0.6, x), first_position(kind))
     assert "position" in state._fields
 
 
@@ -231,16 +263,16 @@ TRACED = {
 
 @pytest.mark.parametrize("name", TRACED)
 def test_options_may_be_traced(name):
-    _, params, state = start("gwg", "binary")
+    keys = jax.random.split(jax.random.key(0), 50)
 
     def end(temperature):
         kernel = TRACED[name](temperature)
-        state_of = kernel.init(energy_fn, params, state.position)
-        keys = jax.random.split(jax.random.key(0), 50)
-        step = jax.vmap(lambda k: kernel.step(k, energy_fn, params, state_of)[0].position)
-        return step(keys)
+        state = kernel.init(energy_fn, 0.6, first_position("binary"))
+        return jax.vmap(lambda k: kernel.step(k, energy_fn, 0.6, state)[0].position)(keys)
 
-    np.testing.assert_array_equal(jax.jit(end)(jnp.array(1.5)), end(1.5))
+    traced, bound = jax.jit(end), jax.jit(lambda: end(1.5))
+    np.testing.assert_array_equal(traced(jnp.array(1.5)), bound())
+    assert np.any(traced(jnp.array(0.1)) != bound())  # the control
 
 
 def test_pytrees_of_variables():
@@ -253,8 +285,8 @@ def test_pytrees_of_variables():
         path_auxiliary(radius=2),
         block_gibbs(blocks={"a": 0, "b": [1, 1]}),
     ):
-        state = kernel.init(total, 0.3, leaves)
-        state, info = kernel.step(jax.random.key(0), total, 0.3, state)
+        step = lambda key, k=kernel: k.step(key, total, 0.3, k.init(total, 0.3, leaves))  # noqa: E731
+        state, info = jax.jit(step)(jax.random.key(0))
         chex.assert_trees_all_equal_shapes_and_dtypes(state.position, leaves)
         np.testing.assert_allclose(info.energy, total(0.3, state.position), rtol=1e-5)
 
@@ -285,6 +317,7 @@ WRONG = {
     "num_updates is 0": lambda: gibbs(num_updates=0),
     "temperature is 0": lambda: gibbs_with_gradients(temperature=0),
     "balancing is 'y'": lambda: gibbs_with_gradients(balancing="y"),
+    "gradient_power is 0": lambda: discrete_langevin(step_size=1.0, gradient_power=0),
     "step_size is -1": lambda: discrete_langevin(step_size=-1),
     "radius is 0.5": lambda: path_auxiliary(radius=0.5),
     "max_length is None": lambda: path_auxiliary(radius=jnp.array(2.0)),

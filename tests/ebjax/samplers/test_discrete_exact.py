@@ -93,9 +93,14 @@ def gwg_matrix(monkeypatch, kind, balancing="sqrt"):
     return add_rejections(matrix), kernel
 
 
-def dlp_matrix(monkeypatch, kind, is_adjusted=True, step_size=0.7):
+def dlp_matrix(monkeypatch, kind, is_adjusted=True, step_size=0.7, gradient_power=0.5):
     states, num_categories = states_of(kind)
-    options = {"step_size": step_size, "num_categories": num_categories, "temperature": TEMPERATURE}
+    options = {
+        "step_size": step_size,
+        "num_categories": num_categories,
+        "temperature": TEMPERATURE,
+        "gradient_power": gradient_power,
+    }
     kernel = dlp.discrete_langevin(**options, is_adjusted=is_adjusted)
 
     def one(x, y):
@@ -273,6 +278,25 @@ def test_discrete_langevin_is_in_detailed_balance(monkeypatch, x64, kind):
     matrix, _ = exact(monkeypatch, "dmala", kind)
     law = stationary(rough_energy, 0.8, states_of(kind)[0])
     assert balance_error(law, matrix) < 1e-12
+
+
+def separate_energy(params, x):
+    return params * jnp.sum(x * jnp.sin(jnp.arange(1.0, x.size + 1.0)).reshape(x.shape))
+
+
+@each_kind
+def test_any_power_of_the_gradient_is_in_detailed_balance(monkeypatch, x64, kind):
+    states = states_of(kind)[0]
+    matrix, _ = dlp_matrix(monkeypatch, kind, gradient_power=0.8)
+    assert balance_error(stationary(rough_energy, 0.8, states), matrix) < 1e-12
+    # Of sites that do not interact, power 1 and endless steps draw from the law itself.
+    monkeypatch.setitem(globals(), "rough_energy", separate_energy)
+    law = stationary(separate_energy, 0.8, states)
+    for power, is_exact in ((1.0, True), (0.5, False)):
+        options = {"step_size": 1e12, "gradient_power": power}
+        matrix, _ = dlp_matrix(monkeypatch, kind, **options)
+        assert balance_error(law, matrix) < 1e-12
+        assert (np.abs(matrix - law).max() < 1e-9) == is_exact
 
 
 @each_kind

@@ -1,5 +1,6 @@
 """NUTS: its transition probabilities on an orbit, computed exactly; invariance of known laws."""
 
+import functools
 import importlib
 import math
 
@@ -37,9 +38,14 @@ HALF_WIDTH = LONGEST + 3
 EDGE = HALF_WIDTH + LONGEST
 
 
-def make_orbit(step_size, metric, start, momentum):
+@functools.cache
+def make_orbit(step_size, metric_name):
     """Positions, momenta and H of the points -EDGE ... EDGE."""
+    assert jax.config.jax_enable_x64
+    metric = make_metric(METRICS[metric_name])
+    start, momentum = jnp.array([0.9, -1.3]), jnp.array([0.4, 1.1])
 
+    @jax.jit
     def walk(step):
         gradient = jax.grad(asymmetric_energy, 1)(PARAMS, start)
         phase = Phase(start, momentum, scaled_gradient(metric, gradient))
@@ -115,8 +121,7 @@ def transition_probabilities(monkeypatch, kernel, positions, momenta):
 def orbit_and_kernel(metric_name, step_size=0.35):
     inverse_mass = METRICS[metric_name]
     kernel = nuts(step_size=step_size, inverse_mass=inverse_mass, max_depth=MAX_DEPTH)
-    start, momentum = jnp.array([0.9, -1.3]), jnp.array([0.4, 1.1])
-    return make_orbit(step_size, make_metric(inverse_mass), start, momentum), kernel
+    return make_orbit(step_size, metric_name), kernel
 
 
 def transitions(monkeypatch, metric_name, step_size):
@@ -215,14 +220,19 @@ def test_transitions_on_an_orbit(monkeypatch, x64, metric_name):
             np.testing.assert_allclose(probs[start, directions], law, atol=1e-12)
 
 
-def run_many(kernel, energy_fn, starts, num_steps, seed=0):
-    @jax.jit
-    @jax.vmap
+@functools.partial(jax.jit, static_argnames=("kernel", "energy_fn", "num_steps"))
+def run_all(keys, params, starts, *, kernel, energy_fn, num_steps):
     def end(key, position):
-        state = kernel.init(energy_fn, (), position)
-        return run_chain(key, kernel, energy_fn, (), state, num_steps)
+        state = kernel.init(energy_fn, params, position)
+        return run_chain(key, kernel, energy_fn, params, state, num_steps)
 
-    return end(jax.random.split(jax.random.key(seed), len(starts)), starts)
+    return jax.vmap(end)(keys, starts)
+
+
+def run_many(kernel, energy_fn, starts, num_steps, params=()):
+    keys = jax.random.split(jax.random.key(0), len(starts))
+    options = {"kernel": kernel, "energy_fn": energy_fn, "num_steps": num_steps}
+    return run_all(keys, params, starts, **options)
 
 
 KNOWN_LAWS = {
@@ -236,7 +246,7 @@ def moment_z_scores(name, inverse_mass=None, num_chains=20_000, num_steps=3):
     build, step_size = KNOWN_LAWS[name]
     target = build()
     kernel = nuts(step_size=step_size, inverse_mass=inverse_mass, max_depth=6)
-    starts = jax.vmap(target.sample)(jax.random.split(jax.random.key(1), num_chains))
+    starts = jax.jit(jax.vmap(target.sample))(jax.random.split(jax.random.key(1), num_chains))
     state, info = run_many(kernel, target.energy, starts, num_steps)
     assert info.acceptance_rate.mean() > 0.7
     assert info.is_finite.mean() == 1.0
@@ -308,12 +318,16 @@ def test_info(x64):
     starts = jax.random.normal(jax.random.key(3), (500, 2))
     for max_depth in (3, 10):
         kernel = nuts(step_size=0.15, max_depth=max_depth)
-        state = jax.vmap(lambda x, kernel=kernel: kernel.init(energy, (), x))(starts)
         keys = jax.random.split(jax.random.key(4), len(starts))
-        step = jax.jit(jax.vmap(lambda k, s, kernel=kernel: kernel.step(k, energy, (), s)))
-        new, info = step(keys, state)
-        np.testing.assert_allclose(info.energy, jax.vmap(energy, (None, 0))((), new.position))
-        gradient = jax.vmap(jax.grad(energy, 1), (None, 0))((), new.position)
+
+        @jax.jit
+        @jax.vmap
+        def step(key, x, kernel=kernel):
+            new, info = kernel.step(key, energy, (), kernel.init(energy, (), x))
+            return new, info, jax.value_and_grad(energy, 1)((), new.position)
+
+        new, info, (energies, gradient) = step(keys, starts)
+        np.testing.assert_allclose(info.energy, energies)
         np.testing.assert_allclose(new.gradient, gradient, rtol=1e-12)
         assert np.all(info.is_finite)
         assert not np.any(info.is_divergent)
@@ -340,12 +354,16 @@ def test_a_step_size_too_large_diverges_and_stays():
     np.testing.assert_array_equal(new.position, state.position)
 
 
+def wall(outside, x):
+    """The exponential law, with a wall at 0: E = x inside, infinite or undefined outside."""
+    return jnp.where(x > 0.0, x, outside)
+
+
 @pytest.mark.parametrize("outside", [jnp.inf, jnp.nan], ids=str)
 def test_what_is_not_finite_is_never_drawn(outside):
-    """The exponential law, with a wall at 0: E = x inside, infinite or undefined outside."""
-    wall = lambda params, x: jnp.where(x > 0.0, x, outside)  # noqa: E731
     starts = jax.random.exponential(jax.random.key(5), (10_000,))
-    state, info = run_many(nuts(step_size=0.7, max_depth=5), wall, starts, 3)
+    kernel = nuts(step_size=0.7, max_depth=5)
+    state, info = run_many(kernel, wall, starts, 3, jnp.float32(outside))
     assert np.all(state.position > 0.0)
     assert np.all(np.isfinite(state.energy))
     assert 0.0 < info.is_finite.mean() < 1.0
@@ -359,8 +377,8 @@ def test_a_start_without_an_energy_is_flagged():
     start = jnp.array(2.0)
     hole = lambda params, x: jnp.where(x == start, jnp.nan, 0.5 * x**2)  # noqa: E731
     kernel = nuts(step_size=0.1)
-    state = kernel.init(hole, (), start)
-    new, info = kernel.step(jax.random.key(0), hole, (), state)
+    step = jax.jit(lambda key: kernel.step(key, hole, (), kernel.init(hole, (), start)))
+    new, info = step(jax.random.key(0))
     assert not info.is_finite
     assert info.acceptance_rate == 0.0
     assert new.position == start

@@ -12,14 +12,9 @@ import pytest
 from ebjax.energies import targets
 from ebjax.samplers import mala, run_chain
 from ebjax.samplers.evaluate import value
+from ebjax.samplers.ladder import equalised, tune_ladder
 from ebjax.samplers.smc.path import geometric_path, power_path
-from ebjax.samplers.tempering import (
-    equalised,
-    parallel_tempering,
-    swap_log_ratios,
-    swap_order,
-    tune_ladder,
-)
+from ebjax.samplers.tempering import parallel_tempering, swap_log_ratios, swap_order
 from ebjax.types import Kernel, bind
 
 module = importlib.import_module("ebjax.samplers.tempering")

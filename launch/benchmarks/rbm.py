@@ -1,0 +1,121 @@
+"""Persistent contrastive divergence of a restricted Boltzmann machine, here and in scikit-learn.
+
+Binary images of independent pixels; PCD-1, a chain an example, plain gradient descent on the mean
+over the batch, no weight decay. scikit-learn's `BernoulliRBM` keeps the hidden units of its chains
+from the last update, this package the visible ones, which costs it one product more.
+"""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ebjax.data import array_source
+from ebjax.energies.boltzmann import rbm, rbm_free_energy
+from ebjax.objectives.contrastive_divergence import persistent_contrastive_divergence
+from ebjax.samplers.rbm_marginal import rbm_marginal_gibbs
+from launch.benchmarks.own import _training
+from launch.benchmarks.workload import Workload
+
+__all__ = ["ebjax_updates", "sklearn_updates"]
+
+
+def _images(num_visible: int, seed: int) -> np.ndarray:
+    """[1000, V] float32, a fifth of the pixels on."""
+    return (np.random.default_rng(seed).random((1000, num_visible)) < 0.2).astype(np.float32)
+
+
+def ebjax_updates(
+    *,
+    num_visible: int,
+    num_hidden: int,
+    batch_size: int,
+    num_updates: int,
+    seed: int,
+    learning_rate: float = 0.05,
+    steps_per_call: int = 50,
+) -> Workload:
+    """Updates of the training loop's program, with its weight average.
+
+    Args:
+        num_visible: pixels V.
+        num_hidden: hidden units H.
+        batch_size: images, and chains, of one update.
+        num_updates: updates of one `run()`.
+        seed: of the images, the weights and the chains.
+        learning_rate: of gradient descent.
+        steps_per_call: updates in one dispatch.
+    """
+
+    def pixels(key: jax.Array) -> jax.Array:
+        return jax.random.bernoulli(key, 0.2, (num_visible,)).astype(jnp.float32)
+
+    objective = persistent_contrastive_divergence(
+        rbm_free_energy, rbm_marginal_gibbs(), pixels, num_steps=1, rebirth_probability=0.0
+    )
+    return _training(
+        f"ebjax RBM {num_visible} x {num_hidden}",
+        lambda key: rbm(num_hidden).init(key, jnp.zeros(num_visible)),
+        objective,
+        optax.sgd(learning_rate),
+        array_source(_images(num_visible, seed)),
+        batch_size=batch_size,
+        num_updates=num_updates,
+        steps_per_call=steps_per_call,
+        seed=seed,
+        note="the training loop's program: data, chains, gradient, weight average; float32",
+    )
+
+
+def sklearn_updates(
+    *,
+    num_visible: int,
+    num_hidden: int,
+    batch_size: int,
+    num_updates: int,
+    seed: int,
+    learning_rate: float = 0.05,
+    dtype: str = "float32",
+) -> Workload:
+    """The same with `BernoulliRBM.partial_fit`; arguments as in `ebjax_updates`.
+
+    Args:
+        num_visible: pixels V.
+        num_hidden: hidden units H.
+        batch_size: images of one update.
+        num_updates: calls of `partial_fit` in one `run()`.
+        seed: of the images and the machine.
+        learning_rate: as above.
+        dtype: of the images, which scikit-learn computes in.
+    """
+    from sklearn.neural_network import BernoulliRBM
+
+    started = time.perf_counter()
+    images = _images(num_visible, seed).astype(dtype)
+    machine: Any = BernoulliRBM(
+        n_components=num_hidden,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        random_state=seed,
+    )
+    batches = images.reshape(-1, batch_size, num_visible)
+    machine.partial_fit(batches[0])
+    count = 0
+
+    def run() -> Mapping[str, float]:
+        nonlocal count
+        for _ in range(num_updates):
+            machine.partial_fit(batches[count % len(batches)])
+            count += 1
+        return {"mean_visible_bias": float(machine.intercept_visible_.mean())}
+
+    return Workload(
+        name=f"scikit-learn RBM {num_visible} x {num_hidden}",
+        run=run,
+        warm_up_seconds=time.perf_counter() - started,
+        note=f"{dtype}, BLAS threads as installed",
+    )

@@ -197,7 +197,7 @@ def _run(flag_values: flags.FlagValues) -> int:
     if flag_values.table not in TABLES:
         raise UserError(f"table is {flag_values.table!r}; it must be one of {', '.join(TABLES)}.")
     for name, minimum in (("seeds", 0), ("jobs", 1)):
-        if flag_values[name].value < minimum:
+        if flag_values.get_flag_value(name, minimum) < minimum:
             raise UserError(f"{name} is {flag_values[name].value}; it must be at least {minimum}.")
     json_path = None if flag_values.json is None else command.output_file(flag_values, "json")
     table = TABLES[flag_values.table]

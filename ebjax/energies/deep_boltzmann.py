@@ -57,7 +57,9 @@ def deep_boltzmann_energy(params: DeepBoltzmannParams, x: State) -> jax.Array:
     """
     if len(x) != len(params.biases):
         raise ValueError(f"The state has {len(x)} layers; the machine has {len(params.biases)}.")
-    energy = -sum(layer @ bias for layer, bias in zip(x, params.biases, strict=True))
+    energy = jnp.zeros((), x[0].dtype)
+    for layer, bias in zip(x, params.biases, strict=True):
+        energy = energy - layer @ bias
     for (below, above), weights in zip(itertools.pairwise(x), params.weights, strict=True):
         energy = energy - (below @ weights) @ above
     return energy

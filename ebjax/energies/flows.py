@@ -120,7 +120,7 @@ def coupling_flow(
         scale=_frame("scale", scale, shape),
     )
     if min(settings.scale) <= 0.0:
-        raise ValueError(f"scale is {scale}; all of it must be positive.")
+        raise ValueError(f"scale is {scale!r}; all of it must be positive.")
     return Flow(
         bind(_init, settings=settings),
         bind(_log_prob, settings=settings),

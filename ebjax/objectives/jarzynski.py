@@ -253,7 +253,8 @@ def _energies(energy_fn, params, batch, position) -> tuple[jax.Array, jax.Array]
     """Energies of data [B] and of walkers [B M], in one pass."""
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), batch, position)
     energies = jax.vmap(energy_fn, (None, 0))(params, both)
-    return jnp.split(energies, [len(jax.tree.leaves(batch)[0])])
+    num_data = len(jax.tree.leaves(batch)[0])
+    return energies[:num_data], energies[num_data:]
 
 
 def _flat(tree: Any) -> Any:
@@ -270,7 +271,8 @@ def _weigh(rules: _Rules, energy_fn, params, carry: JarzynskiWalkers):
     else:
         energy, gradient, _ = jax.vmap(lambda x: value_and_gradient(energy_fn, params, x))(position)
         back = jax.tree.map(jnp.subtract, _flat(carry.previous), position)
-        backward = jax.vmap(step_action, (0, 0, 0, None))(energy, gradient, back, rules.kernel)
+        step_size: Any = rules.kernel
+        backward = jax.vmap(step_action, (0, 0, 0, None))(energy, gradient, back, step_size)
         walkers = _Walker(position, energy, gradient)
         increments = action - jnp.where(_flat(carry.is_step), backward, energy)
     population = Population(

@@ -94,7 +94,7 @@ def classification_error_loss(energies: jax.Array, label: jax.Array) -> jax.Arra
 
 
 def likelihood_loss(
-    energies: jax.Array, label: jax.Array, *, inverse_temperature: float | jax.Array = 1.0
+    energies: jax.Array, label: jax.Array | int, *, inverse_temperature: float | jax.Array = 1.0
 ) -> jax.Array:
     """``F(y) + (1/β) log Σ_k exp(-β F_k)``, minus log p(y | x) over β.
 

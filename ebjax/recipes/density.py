@@ -14,14 +14,12 @@ import jax
 import numpy as np
 
 from ebjax.energies import targets
-from ebjax.recipes.density_methods import METHODS, data_frame, with_slots
+from ebjax.recipes.density_methods import METHODS, data_frame
 from ebjax.training import (
-    TrainingConfig,
-    adam,
+    AdamConfig,
     by_group,
     check_at_least,
     check_between,
-    learning_rate_schedule,
     setting,
 )
 from ebjax.types import Recipe, Run, Source, Target, TrainState
@@ -79,14 +77,14 @@ _BOUNDS = (-5.0, 5.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DensityConfig(TrainingConfig):
+class DensityConfig(AdamConfig):
     """Settings of a density run; -1 follows the objective."""
 
     dataset: str = setting("eight_gaussians", f"the law: {', '.join(DATASETS)}")
     objective: str = setting("pcd", f"how it is learned: {', '.join(_OWN)}")
-    num_steps: int = setting(-1, "updates in all", follows="objective")
-    batch_size: int = setting(-1, "examples of one update, over all devices", follows="objective")
-    ema_decay: float = setting(-1.0, "decay of the averaged parameters", follows="objective")
+    num_steps: int = setting(-1, follows="objective")
+    batch_size: int = setting(-1, follows="objective")
+    ema_decay: float = setting(-1.0, follows="objective")
     hidden_features: tuple[int, ...] = setting((128, 128), "widths of the network's hidden layers")
     num_frequencies: int = setting(32, "random Fourier features of the position, 0 for none")
     frequency_scale: float = setting(
@@ -100,16 +98,9 @@ class DensityConfig(TrainingConfig):
     data_noise: float = setting(
         -1.0, "standard deviation of noise on the data", follows="objective"
     )
-    learning_rate: float = setting(-1.0, "largest learning rate of Adam", follows="objective")
-    learning_rate_warmup_steps: int = setting(0, "steps of linear warm-up")
-    learning_rate_decay_steps: int = setting(
-        -1, "step at which the cosine decay ends; -1: num_steps, 0: no decay", follows="num_steps"
-    )
-    learning_rate_final_fraction: float = setting(
-        -1.0, "share of the learning rate at the end", follows="objective"
-    )
-    adam_b1: float = setting(-1.0, "Adam's momentum", follows="objective")
-    gradient_clip: float = setting(0.0, "largest global norm of the gradient; 0 does not clip")
+    learning_rate: float = setting(-1.0, follows="objective")
+    learning_rate_final_fraction: float = setting(-1.0, follows="objective")
+    adam_b1: float = setting(-1.0, follows="objective")
     energy_regularizer: float = setting(-1.0, "weight of squared energies", follows="objective")
     langevin_steps: int = setting(
         -1, "steps of a chain in one update (recovery_likelihood: on a level)", follows="objective"
@@ -155,14 +146,12 @@ class DensityConfig(TrainingConfig):
         check_at_least(self, 1, "langevin_steps", "chains_per_example", "num_slices", "num_noise")
         check_at_least(self, 1, "walkers_moved")
         check_at_least(self, 1, "num_noise_levels", "recovery_levels", "sample_steps")
-        check_at_least(self, 0, "base_scale", "data_noise", "learning_rate", "gradient_clip")
-        check_at_least(self, 0, "learning_rate_warmup_steps", "learning_rate_decay_steps")
-        check_at_least(self, 0, "energy_regularizer", "num_frequencies", "flow_learning_rate")
+        check_at_least(self, 0, "base_scale", "data_noise", "flow_learning_rate")
+        check_at_least(self, 0, "energy_regularizer", "num_frequencies")
         check_at_least(self, 1e-6, "langevin_step_size", "finite_difference_step", "recovery_step")
         check_at_least(self, 1e-6, "narrowest_noise", "perturbation_scale", "frequency_scale")
         check_at_least(self, 2, "flow_layers")
-        check_between(self, 0, 1, "rebirth_probability", "learning_rate_final_fraction")
-        check_between(self, 0, 0.999999, "adam_b1")
+        check_between(self, 0, 1, "rebirth_probability")
         check_between(self, 11, 2001, "num_grid_points")
         if not self.hidden_features or min(self.hidden_features) < 1:
             raise ValueError(
@@ -188,21 +177,10 @@ def build(config: DensityConfig) -> Run:
         draw_key, noise_key = jax.random.split(jax.random.fold_in(key, position))
         return target.sample(draw_key) + config.data_noise * jax.random.normal(noise_key, (2,))
 
-    def schedule(rate):
-        return learning_rate_schedule(
-            rate,
-            warmup_steps=config.learning_rate_warmup_steps,
-            decay_steps=config.learning_rate_decay_steps,
-            final_fraction=config.learning_rate_final_fraction,
-        )
-
-    def optimizer(rate):
-        return adam(schedule(rate), b1=config.adam_b1, gradient_clip=config.gradient_clip)
-
     groups = {
-        "energy": optimizer(config.learning_rate),
-        "log_z": optimizer(10.0 * config.learning_rate),
-        "flow": optimizer(config.flow_learning_rate),
+        "energy": config.optimizer(),
+        "log_z": config.optimizer(10.0 * config.learning_rate),
+        "flow": config.optimizer(config.flow_learning_rate),
     }
     names = {"noise_contrastive": ["energy", "log_z"], "flow_contrastive": list(groups)}
     used = names.get(config.objective)
@@ -229,6 +207,7 @@ def build(config: DensityConfig) -> Run:
         }
 
     def data(key, num: int) -> np.ndarray:
+        assert target.sample is not None  # every law of DATASETS has exact draws
         return np.asarray(jax.jit(jax.vmap(target.sample))(jax.random.split(key, num)))
 
     def monitor(key, state: TrainState):
@@ -272,7 +251,7 @@ def build(config: DensityConfig) -> Run:
 
     return Run(
         init=method.init,
-        objective=with_slots(method.objective),
+        objective=method.objective,
         optimizer=by_group({n: groups[n] for n in used}) if used else groups["energy"],
         source=Source((), example),
         sample=sample,

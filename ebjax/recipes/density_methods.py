@@ -51,7 +51,7 @@ from ebjax.samplers import langevin, mala, run_chain
 from ebjax.samplers.annealed import annealed_langevin
 from ebjax.types import EnergyFn, Kernel, Objective, Params, Target
 
-__all__ = ["METHODS", "Frame", "Method", "data_frame", "with_slots"]
+__all__ = ["METHODS", "Frame", "Method", "data_frame"]
 
 
 class Frame(NamedTuple):
@@ -66,23 +66,6 @@ def data_frame(target: Target) -> Frame:
     assert target.moments is not None
     variance = float(np.trace(target.moments.covariance)) / 2.0
     return Frame(np.asarray(target.moments.mean, np.float32), variance**0.5)
-
-
-def with_slots(objective: Objective) -> Objective:
-    """The objective with something to carry: a zero for each example slot.
-
-    Devices are told apart by what they carry, so that a run needs at least one array there.
-    """
-
-    def init(key, params, batch):
-        return objective.init(key, params, batch), jnp.zeros(len(batch), jnp.int32)
-
-    def loss(params, carry, keys, batch):
-        carry, slots = carry
-        value, (carry, metrics) = objective.loss(params, carry, keys, batch)
-        return value, ((carry, slots), metrics)
-
-    return Objective(init=init, loss=loss)
 
 
 class Method(NamedTuple):
@@ -147,7 +130,8 @@ def _kernel(config: Any) -> Kernel:
 
 def _wide_noise(key: jax.Array, frame: Frame) -> jax.Array:
     """Where chains are born: a Gaussian a little wider than the data."""
-    return frame.mean + 1.4 * frame.deviation * jax.random.normal(key, (2,))
+    width = 1.4 * frame.deviation
+    return jnp.asarray(frame.mean) + width * jax.random.normal(key, (2,))
 
 
 def _draw_by_chains(config: Any, frame: Frame, energy_fn: EnergyFn, num_steps: int, kernel=None):

@@ -20,11 +20,9 @@ from ebjax.numerics import shuffled_index
 from ebjax.objectives import persistent_contrastive_divergence
 from ebjax.samplers import langevin, sample
 from ebjax.training import (
-    TrainingConfig,
-    adam,
+    AdamConfig,
     check_at_least,
     check_between,
-    learning_rate_schedule,
     setting,
 )
 from ebjax.types import Recipe, Run, Source, TrainState
@@ -36,25 +34,20 @@ _SHAPE = (8, 8, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DigitsConfig(TrainingConfig):
+class DigitsConfig(AdamConfig):
     """Settings of the digits run."""
 
-    num_steps: int = setting(3600, "updates in all; may be raised later to go on with a run")
-    batch_size: int = setting(128, "images of one update, over all devices")
-    log_every: int = setting(60, "steps between lines of metrics.jsonl")
-    checkpoint_every: int = setting(600, "steps between checkpoints")
-    ema_decay: float = setting(0.998, "decay of the averaged parameters, used for sampling")
+    num_steps: int = setting(3600)
+    log_every: int = setting(60)
+    checkpoint_every: int = setting(600)
+    ema_decay: float = setting(0.998)
     num_held_out: int = setting(297, "images that training never sees")
     data_noise: float = setting(0.04, "standard deviation of noise on the data, pixels in [-1, 1]")
     hidden_features: tuple[int, ...] = setting((512, 512), "widths of the network's hidden layers")
-    learning_rate: float = setting(5e-4, "largest learning rate of Adam")
-    learning_rate_warmup_steps: int = setting(100, "steps of linear warm-up")
-    learning_rate_decay_steps: int = setting(
-        -1, "step at which the cosine decay ends; -1: num_steps, 0: no decay", follows="num_steps"
-    )
-    learning_rate_final_fraction: float = setting(0.02, "share of the learning rate at the end")
-    adam_b1: float = setting(0.0, "Adam's momentum; 0 damps oscillation of energies")
-    gradient_clip: float = setting(1.0, "largest global norm of the gradient; 0 does not clip")
+    learning_rate_warmup_steps: int = setting(100)
+    learning_rate_final_fraction: float = setting(0.02)
+    adam_b1: float = setting(0.0)
+    gradient_clip: float = setting(1.0)
     energy_regularizer: float = setting(0.01, "weight of the squared energies in the loss")
     langevin_steps: int = setting(30, "steps of a chain in one update")
     langevin_step_size: float = setting(0.1, "h of the sampler")
@@ -68,11 +61,9 @@ class DigitsConfig(TrainingConfig):
         super().__post_init__()
         check_between(self, 2, 1500, "num_held_out")
         check_at_least(self, 1, "langevin_steps", "chains_per_example", "sample_steps")
-        check_at_least(self, 0, "data_noise", "learning_rate", "learning_rate_warmup_steps")
-        check_at_least(self, 0, "gradient_clip", "energy_regularizer", "langevin_noise_scale")
-        check_at_least(self, 0, "learning_rate_decay_steps", "langevin_step_size")
-        check_between(self, 0, 1, "rebirth_probability", "learning_rate_final_fraction")
-        check_between(self, 0, 0.999999, "adam_b1")
+        check_at_least(self, 0, "data_noise", "energy_regularizer", "langevin_noise_scale")
+        check_at_least(self, 0, "langevin_step_size")
+        check_between(self, 0, 1, "rebirth_probability")
         if not self.hidden_features or min(self.hidden_features) < 1:
             raise ValueError(
                 f"hidden_features is {self.hidden_features}; give at least one positive width."
@@ -114,12 +105,6 @@ def build(config: DigitsConfig) -> Run:
         chains_per_example=config.chains_per_example,
         rebirth_probability=config.rebirth_probability,
         energy_regularizer=config.energy_regularizer,
-    )
-    schedule = learning_rate_schedule(
-        config.learning_rate,
-        warmup_steps=config.learning_rate_warmup_steps,
-        decay_steps=config.learning_rate_decay_steps,
-        final_fraction=config.learning_rate_final_fraction,
     )
     energies_of = jax.jit(jax.vmap(energy.apply, (None, 0)))
 
@@ -198,7 +183,7 @@ def build(config: DigitsConfig) -> Run:
     return Run(
         init=lambda key: energy.init(key, jnp.zeros(_SHAPE)),
         objective=objective,
-        optimizer=adam(schedule, b1=config.adam_b1, gradient_clip=config.gradient_clip),
+        optimizer=config.optimizer(),
         source=Source(jnp.asarray(training), example),
         sample=sample_images,
         evaluate=evaluate,

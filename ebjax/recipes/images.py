@@ -26,11 +26,9 @@ from ebjax.data import Dataset, array_source, load_dataset, split_index, stream_
 from ebjax.recipes.image_evaluation import ImageSets, evaluate_images, image_figures
 from ebjax.recipes.image_models import BOUNDS, build_model
 from ebjax.training import (
-    TrainingConfig,
-    adam,
+    AdamConfig,
     check_at_least,
     check_between,
-    learning_rate_schedule,
     setting,
 )
 from ebjax.types import Recipe, Run, TrainState, bind
@@ -45,7 +43,7 @@ _MOST_TRAINING_IMAGES, _MOST_LABELLED_IMAGES, _MOST_HELD_OUT_IMAGES = 20_000, 40
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ImagesConfig(TrainingConfig):
+class ImagesConfig(AdamConfig):
     """Settings of the images run."""
 
     data_path: str = setting(
@@ -61,19 +59,14 @@ class ImagesConfig(TrainingConfig):
     objective: str = setting("pcd", f"how the energy is learned: {' or '.join(OBJECTIVES)}")
     energy_network: str = setting("mlp", f"the energy: {', '.join(NETWORKS)}")
     features: tuple[int, ...] = setting((512, 512), "widths (mlp) or channels of its layers")
-    num_steps: int = setting(3600, "updates in all; may be raised later to go on with a run")
-    batch_size: int = setting(128, "images of one update, over all devices")
-    log_every: int = setting(60, "steps between lines of metrics.jsonl")
-    checkpoint_every: int = setting(600, "steps between checkpoints")
-    ema_decay: float = setting(0.998, "decay of the averaged parameters, used for sampling")
-    learning_rate: float = setting(5e-4, "largest learning rate of Adam")
-    learning_rate_warmup_steps: int = setting(100, "steps of linear warm-up")
-    learning_rate_decay_steps: int = setting(
-        -1, "step at which the cosine decay ends; -1: num_steps, 0: no decay", follows="num_steps"
-    )
-    learning_rate_final_fraction: float = setting(0.02, "share of the learning rate at the end")
-    adam_b1: float = setting(0.0, "Adam's momentum; 0 damps oscillation of energies")
-    gradient_clip: float = setting(1.0, "largest global norm of the gradient; 0 does not clip")
+    num_steps: int = setting(3600)
+    log_every: int = setting(60)
+    checkpoint_every: int = setting(600)
+    ema_decay: float = setting(0.998)
+    learning_rate_warmup_steps: int = setting(100)
+    learning_rate_final_fraction: float = setting(0.02)
+    adam_b1: float = setting(0.0)
+    gradient_clip: float = setting(1.0)
     energy_regularizer: float = setting(0.01, "pcd: weight of the squared energies in the loss")
     gradient_penalty: float = setting(0.0, "pcd: weight of the squared slope of the energy")
     reset_margin: float = setting(
@@ -112,14 +105,12 @@ class ImagesConfig(TrainingConfig):
         check_at_least(self, 2, "num_levels")
         if self.drift_steps < 4 or self.drift_steps % 4:
             raise ValueError(f"drift_steps is {self.drift_steps}; it must be a multiple of 4.")
-        check_at_least(self, 0, "data_noise", "learning_rate", "learning_rate_warmup_steps")
-        check_at_least(self, 0, "gradient_clip", "energy_regularizer", "gradient_penalty")
-        check_at_least(self, 0, "learning_rate_decay_steps", "langevin_noise_scale", "reset_margin")
+        check_at_least(self, 0, "data_noise", "energy_regularizer", "gradient_penalty")
+        check_at_least(self, 0, "langevin_noise_scale", "reset_margin")
         check_at_least(self, 1e-6, "langevin_step_size")
         check_between(self, 1e-6, 1, "step_fraction")
         check_between(self, -4, 15, "largest_log_snr")
-        check_between(self, 0, 1, "rebirth_probability", "learning_rate_final_fraction")
-        check_between(self, 0, 0.999999, "adam_b1")
+        check_between(self, 0, 1, "rebirth_probability")
         if not self.features or min(self.features) < 1:
             raise ValueError(f"features is {self.features}; give at least one positive width.")
 
@@ -221,12 +212,6 @@ def build(config: ImagesConfig) -> Run:
         source = stream_source(images.raw, index=images.training, **options)
     else:
         source = array_source(images.raw.examples[images.training], **options)
-    schedule = learning_rate_schedule(
-        config.learning_rate,
-        warmup_steps=config.learning_rate_warmup_steps,
-        decay_steps=config.learning_rate_decay_steps,
-        final_fraction=config.learning_rate_final_fraction,
-    )
     draw_many = jax.jit(jax.vmap(model.draw, (0, None)))
 
     def draw(key, params, num_samples: int):
@@ -256,7 +241,7 @@ def build(config: ImagesConfig) -> Run:
     return Run(
         init=model.init,
         objective=model.objective,
-        optimizer=adam(schedule, b1=config.adam_b1, gradient_clip=config.gradient_clip),
+        optimizer=config.optimizer(),
         source=source,
         sample=sample_images,
         evaluate=evaluate,

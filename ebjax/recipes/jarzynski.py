@@ -218,7 +218,7 @@ def _modes(config: JarzynskiConfig, data: np.ndarray, samples, title: str):
 
     figure = Figure(figsize=(7.0, 3.2), layout="constrained")
     axes = figure.subplots()
-    edges = np.linspace(config.left_mode - 4.5, config.right_mode + 4.5, 80)
+    edges = np.linspace(config.left_mode - 4.5, config.right_mode + 4.5, 80).tolist()
     axes.hist(data[:, 0], edges, density=True, color="#8d99ae", alpha=0.5, label="data")
     for name, label, color in (
         ("positions", "model, exact draws", "#2a6f97"),

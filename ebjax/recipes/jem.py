@@ -34,11 +34,9 @@ from ebjax.parallel import AXIS_NAME
 from ebjax.samplers import langevin
 from ebjax.samplers.run import run_chain
 from ebjax.training import (
-    TrainingConfig,
-    adam,
+    AdamConfig,
     check_at_least,
     check_between,
-    learning_rate_schedule,
     setting,
 )
 from ebjax.types import Recipe, Run, Source, TrainState
@@ -51,25 +49,19 @@ _BIRTHS = ("noise", "class_gaussians")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class JemConfig(TrainingConfig):
+class JemConfig(AdamConfig):
     """Settings of the joint classifier of digits."""
 
-    num_steps: int = setting(1600, "updates in all; may be raised later to go on with a run")
-    batch_size: int = setting(64, "images of one update, over all devices")
-    log_every: int = setting(60, "steps between lines of metrics.jsonl")
-    checkpoint_every: int = setting(400, "steps between checkpoints")
-    ema_decay: float = setting(0.99, "decay of the averaged parameters, used for all figures")
+    num_steps: int = setting(1600)
+    batch_size: int = setting(64)
+    log_every: int = setting(60)
+    checkpoint_every: int = setting(400)
+    ema_decay: float = setting(0.99)
     num_held_out: int = setting(497, "images that training never sees")
     likelihood_weight: float = setting(0.1, "w, weight of the likelihood; 0: plain classifier")
     data_noise: float = setting(0.03, "standard deviation of noise on the likelihood's images")
     hidden_features: tuple[int, ...] = setting((512, 512), "widths of the network's hidden layers")
-    learning_rate: float = setting(5e-4, "largest learning rate of Adam")
-    learning_rate_warmup_steps: int = setting(0, "steps of linear warm-up")
-    learning_rate_decay_steps: int = setting(
-        -1, "step at which the cosine decay ends; -1: num_steps, 0: no decay", follows="num_steps"
-    )
-    learning_rate_final_fraction: float = setting(0.05, "share of the learning rate at the end")
-    gradient_clip: float = setting(0.0, "largest global norm of the gradient; 0 does not clip")
+    learning_rate_final_fraction: float = setting(0.05)
     energy_regularizer: float = setting(0.0, "weight of the squared energies in the loss")
     sharpness_radius: float = setting(0.0, "of adaptive sharpness-aware steps; 0 takes plain ones")
     langevin_steps: int = setting(20, "steps of a chain in one update")
@@ -86,11 +78,10 @@ class JemConfig(TrainingConfig):
         super().__post_init__()
         check_between(self, 100, 1500, "num_held_out")
         check_at_least(self, 1, "langevin_steps", "chains_per_example", "sample_steps")
-        check_at_least(self, 0, "data_noise", "learning_rate", "learning_rate_warmup_steps")
-        check_at_least(self, 0, "gradient_clip", "energy_regularizer", "langevin_noise_scale")
-        check_at_least(self, 0, "learning_rate_decay_steps", "langevin_step_size")
+        check_at_least(self, 0, "data_noise", "energy_regularizer", "langevin_noise_scale")
+        check_at_least(self, 0, "langevin_step_size")
         check_at_least(self, 0, "likelihood_weight", "sharpness_radius", "langevin_gradient_clip")
-        check_between(self, 0, 1, "rebirth_probability", "learning_rate_final_fraction")
+        check_between(self, 0, 1, "rebirth_probability")
         if not self.hidden_features or min(self.hidden_features) < 1:
             raise ValueError(
                 f"hidden_features is {self.hidden_features}; give at least one positive width."
@@ -164,12 +155,6 @@ def build(config: JemConfig) -> Run:
         sharpness_radius=config.sharpness_radius,
         axis_name=AXIS_NAME,
     )
-    schedule = learning_rate_schedule(
-        config.learning_rate,
-        warmup_steps=config.learning_rate_warmup_steps,
-        decay_steps=config.learning_rate_decay_steps,
-        final_fraction=config.learning_rate_final_fraction,
-    )
     logits_of = jax.jit(jax.vmap(classifier.apply, (None, 0)))
     energies_of = jax.jit(jax.vmap(joint_energy(classifier.apply), (None, 0)))
 
@@ -220,7 +205,7 @@ def build(config: JemConfig) -> Run:
     return Run(
         init=lambda key: classifier.init(key, jnp.zeros(_SHAPE)),
         objective=objective,
-        optimizer=adam(schedule, gradient_clip=config.gradient_clip),
+        optimizer=config.optimizer(),
         source=Source((jnp.asarray(data.images), jnp.asarray(data.labels)), example),
         sample=sample_images,
         evaluate=evaluate,

@@ -40,10 +40,9 @@ from ebjax.samplers.rbm_marginal import (
 )
 from ebjax.samplers.run import sample
 from ebjax.training import (
-    TrainingConfig,
+    ScheduleConfig,
     check_at_least,
     check_between,
-    learning_rate_schedule,
     setting,
 )
 from ebjax.types import Recipe, Run, TrainState
@@ -56,14 +55,12 @@ _METHODS = ("persistent", "from_data")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RBMConfig(TrainingConfig):
+class RBMConfig(ScheduleConfig):
     """Settings of the run."""
 
-    num_steps: int = setting(6000, "updates in all; may be raised later to go on with a run")
-    batch_size: int = setting(100, "images of one update, and chains, over all devices")
-    log_every: int = setting(100, "steps between lines of metrics.jsonl")
-    checkpoint_every: int = setting(2000, "steps between checkpoints")
-    ema_decay: float = setting(0.999, "decay of the averaged parameters, which are evaluated")
+    num_steps: int = setting(6000)
+    batch_size: int = setting(100)
+    checkpoint_every: int = setting(2000)
     data_path: str = setting("digits", "file of images [N, ...], or 'digits' for scikit-learn's")
     data_key: str = setting("", "name of the images in an .npz file; '' for 'images'")
     num_held_out: int = setting(297, "images that training never sees")
@@ -76,12 +73,7 @@ class RBMConfig(TrainingConfig):
     gibbs_steps: int = setting(1, "steps of a chain in one update")
     chains_per_example: int = setting(1, "persistent chains that each example slot owns")
     rebirth_probability: float = setting(0.0, "chance that a persistent chain starts anew")
-    learning_rate: float = setting(0.05, "largest learning rate of gradient descent")
-    learning_rate_warmup_steps: int = setting(0, "steps of linear warm-up")
-    learning_rate_decay_steps: int = setting(
-        -1, "step at which the cosine decay ends; -1: num_steps, 0: no decay", follows="num_steps"
-    )
-    learning_rate_final_fraction: float = setting(0.0, "share of the learning rate at the end")
+    learning_rate: float = setting(0.05)
     momentum: float = setting(0.0, "momentum of gradient descent")
     weight_decay: float = setting(1e-4, "factor of the weights (not the biases) in the gradient")
     sample_steps: int = setting(1000, "Gibbs steps from independent pixels when samples are drawn")
@@ -94,10 +86,8 @@ class RBMConfig(TrainingConfig):
         check_at_least(self, 1, "num_held_out", "num_hidden", "gibbs_steps", "chains_per_example")
         check_at_least(self, 1, "sample_steps", "ais_temperatures")
         check_at_least(self, 2, "ais_chains")
-        check_at_least(self, 0, "weight_scale", "learning_rate", "weight_decay")
-        check_at_least(self, 0, "learning_rate_warmup_steps", "learning_rate_decay_steps")
+        check_at_least(self, 0, "weight_scale", "weight_decay")
         check_between(self, 0, 1, "threshold", "rebirth_probability")
-        check_between(self, 0, 1, "learning_rate_final_fraction")
         check_between(self, 0, 0.999999, "momentum")
         if self.method not in _METHODS:
             raise ValueError(f"method is {self.method!r}; it must be one of {', '.join(_METHODS)}.")
@@ -110,9 +100,8 @@ def load_images(config: RBMConfig) -> tuple[np.ndarray, np.ndarray]:
       ValueError: if the file cannot be read, or float values are not in [0, 1].
     """
     is_npz = config.data_path.endswith(".npz")
-    dataset = load_dataset(
-        config.data_path, **({"key": config.data_key or "images"} if is_npz else {})
-    )
+    key = config.data_key or ("images" if is_npz else None)
+    dataset = load_dataset(config.data_path, key=key)
     images = np.asarray(dataset.examples)
     if images.dtype.kind in "iu":
         # Bytes count to 255, scikit-learn's digits to 16.
@@ -124,8 +113,8 @@ def load_images(config: RBMConfig) -> tuple[np.ndarray, np.ndarray]:
             f"{config.data_path}: has values from {images.min():g} to {images.max():g}; pixels are "
             "whole numbers from 0, or floats in [0, 1]."
         )
-    parts = split(dataset._replace(examples=images), config.num_held_out, _SPLIT_SEED)
-    return tuple(np.asarray(part.examples) for part in parts)
+    training, held_out = split(dataset._replace(examples=images), config.num_held_out, _SPLIT_SEED)
+    return np.asarray(training.examples), np.asarray(held_out.examples)
 
 
 def free_energy_differences(params: RBMParams, x: jax.Array) -> jax.Array:
@@ -157,7 +146,7 @@ def build(config: RBMConfig) -> Run:
 
     def binarize(key: jax.Array, image: jax.Array) -> jax.Array:
         grey = jnp.ravel(image)
-        level = config.threshold
+        level = jnp.asarray(config.threshold, grey.dtype)
         if config.stochastic_binarization:
             # Uniform on (0, 1], so that white is always 1 and black always 0.
             level = 1.0 - jax.random.uniform(key, grey.shape)
@@ -192,15 +181,9 @@ def build(config: RBMConfig) -> Run:
         )
     else:
         objective = contrastive_divergence(rbm_free_energy, kernel, num_steps=config.gibbs_steps)
-    schedule = learning_rate_schedule(
-        config.learning_rate,
-        warmup_steps=config.learning_rate_warmup_steps,
-        decay_steps=config.learning_rate_decay_steps,
-        final_fraction=config.learning_rate_final_fraction,
-    )
     optimizer = optax.chain(
         optax.add_decayed_weights(config.weight_decay, mask=_weights_only),
-        optax.sgd(schedule, momentum=config.momentum or None),
+        optax.sgd(config.schedule(), momentum=config.momentum or None),
     )
     free_energies = jax.jit(jax.vmap(rbm_free_energy, (None, 0)))
 

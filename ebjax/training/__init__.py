@@ -4,13 +4,21 @@ from ebjax.training.checkpoint import Checkpointer
 from ebjax.training.config import TrainingConfig, check_at_least, check_between, setting
 from ebjax.training.loop import DivergenceError, TrainResult, choose_devices, init_state, train
 from ebjax.training.metrics import MetricsWriter, read_metrics
-from ebjax.training.optimizer import adam, by_group, learning_rate_schedule
+from ebjax.training.optimizer import (
+    AdamConfig,
+    ScheduleConfig,
+    adam,
+    by_group,
+    learning_rate_schedule,
+)
 from ebjax.training.update import initial_state, make_update, make_update_many
 
 __all__ = [
+    "AdamConfig",
     "Checkpointer",
     "DivergenceError",
     "MetricsWriter",
+    "ScheduleConfig",
     "TrainResult",
     "TrainingConfig",
     "adam",

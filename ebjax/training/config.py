@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
 from typing import Any
 
 from ebjax.parallel import BACKENDS
@@ -11,11 +12,12 @@ from ebjax.parallel import BACKENDS
 __all__ = ["TrainingConfig", "check_at_least", "check_between", "setting"]
 
 
-def setting(default: Any, help: str, *, follows: str | None = None) -> Any:
+def setting(default: Any, help: str = "", *, follows: str | None = None) -> Any:
     """A dataclass field with a default and a line of help for the command line.
 
     A field that ``follows`` another one takes its value when it is -1. A run keeps the value that
-    it was made with, also when the other field is changed later.
+    it was made with, also when the other field is changed later. A field of the base class that is
+    declared again, with another default and without help, keeps the help that it had.
     """
     return dataclasses.field(default=default, metadata={"help": help, "follows": follows})
 
@@ -75,6 +77,13 @@ class TrainingConfig:
             "max_rollbacks",
         ]
     )
+
+    def __init_subclass__(cls) -> None:
+        """Fields declared again without help keep the help that they had."""
+        for name, field in vars(cls).items():
+            if isinstance(field, dataclasses.Field) and not field.metadata["help"]:
+                kept = cls.__mro__[1].__dataclass_fields__[name].metadata["help"]  # type: ignore
+                field.metadata = types.MappingProxyType({**field.metadata, "help": kept})
 
     def __post_init__(self) -> None:
         """Checks types and ranges."""

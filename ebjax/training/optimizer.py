@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import jax
 import optax
 
-__all__ = ["adam", "by_group", "learning_rate_schedule"]
+from ebjax.training.config import TrainingConfig, check_at_least, check_between, setting
+
+__all__ = ["AdamConfig", "ScheduleConfig", "adam", "by_group", "learning_rate_schedule"]
 
 
 def learning_rate_schedule(
@@ -74,3 +77,49 @@ def by_group(
         }
 
     return optax.multi_transform(dict(optimizers), labels)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScheduleConfig(TrainingConfig):
+    """Settings of a run with a learning rate: warm-up, then cosine decay."""
+
+    learning_rate: float = setting(5e-4, "largest learning rate")
+    learning_rate_warmup_steps: int = setting(0, "steps of linear warm-up")
+    learning_rate_decay_steps: int = setting(
+        -1, "step at which the cosine decay ends; -1: num_steps, 0: no decay", follows="num_steps"
+    )
+    learning_rate_final_fraction: float = setting(0.0, "share of the learning rate at the end")
+
+    def __post_init__(self) -> None:
+        """Checks types and ranges."""
+        super().__post_init__()
+        check_at_least(self, 0, "learning_rate", "learning_rate_warmup_steps")
+        check_at_least(self, 0, "learning_rate_decay_steps")
+        check_between(self, 0, 1, "learning_rate_final_fraction")
+
+    def schedule(self, learning_rate: float | None = None) -> optax.Schedule:
+        """The schedule of ``learning_rate``, by default the config's own."""
+        return learning_rate_schedule(
+            self.learning_rate if learning_rate is None else learning_rate,
+            warmup_steps=self.learning_rate_warmup_steps,
+            decay_steps=self.learning_rate_decay_steps,
+            final_fraction=self.learning_rate_final_fraction,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamConfig(ScheduleConfig):
+    """Settings of a run that Adam trains."""
+
+    adam_b1: float = setting(0.9, "Adam's momentum; 0 damps oscillation of energies")
+    gradient_clip: float = setting(0.0, "largest global norm of the gradient; 0 does not clip")
+
+    def __post_init__(self) -> None:
+        """Checks types and ranges."""
+        super().__post_init__()
+        check_at_least(self, 0, "gradient_clip")
+        check_between(self, 0, 0.999999, "adam_b1")
+
+    def optimizer(self, learning_rate: float | None = None) -> optax.GradientTransformation:
+        """Adam by the settings, with another learning rate where one is given."""
+        return adam(self.schedule(learning_rate), b1=self.adam_b1, gradient_clip=self.gradient_clip)

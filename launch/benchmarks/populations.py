@@ -7,7 +7,8 @@ log Z are those of normalised bases, so the truth is that of the target.
 - `many_well`: 16 double wells (ManyWell-32), base N(0, I), 164.6957;
 - `mixture`: forty Gaussians in 2-D, base N(0, 40² I), 0;
 - `funnel`: Neal's in 10-d, base N(0, 5² I), 0;
-- `cox`: log-Gaussian Cox process on 40 x 40 cells with simulated counts, no known truth.
+- `cox`: log-Gaussian Cox process on 40 x 40 cells with simulated counts, whitened, base N(0, I);
+- `cox_laplace`: the same from the Gaussian fitted at its mode. The truth of both is `COX_LOG_Z`.
 """
 
 import time
@@ -24,7 +25,9 @@ from ebjax.samplers.smc import geometric_path, normal_energy, smc_sample
 from ebjax.types import bind
 from launch.benchmarks.workload import Workload, import_peer
 
-__all__ = ["blackjax_log_z", "ebjax_log_z"]
+__all__ = ["COX_LOG_Z", "blackjax_log_z", "ebjax_log_z"]
+
+COX_LOG_Z = 0.0
 
 
 class _Problem(NamedTuple):
@@ -42,10 +45,8 @@ def _problem(name: str) -> _Problem:
         return _Problem(
             posterior.prior.energy, (), posterior.energy, posterior.prior.sample, posterior.log_z
         )
-    if name == "cox":
-        posterior = targets.log_gaussian_cox(is_whitened=True)
-        assert posterior.prior.sample is not None
-        return _Problem(posterior.prior.energy, (), posterior.energy, posterior.prior.sample, None)
+    if name in ("cox", "cox_laplace"):
+        return _cox_problem(fitted=name == "cox_laplace")
     laws: dict[str, tuple[Callable[[], Any], float]] = {
         "many_well": (targets.many_well, 1.0),
         "mixture": (targets.forty_gaussians, 40.0),
@@ -59,6 +60,20 @@ def _problem(name: str) -> _Problem:
         return scale * jax.random.normal(key, (dim,))
 
     return _Problem(normal_energy, (0.0, scale), target.energy, draw, target.log_z)
+
+
+def _cox_problem(*, fitted: bool, grid_size: int = 40) -> _Problem:
+    posterior = targets.log_gaussian_cox(grid_size, is_whitened=True)
+    log_z = COX_LOG_Z if grid_size == 40 else None
+    base = posterior.prior
+    if fitted:
+        base = targets.laplace_approximation(posterior.energy, (), jnp.zeros(grid_size**2))
+    assert base.sample is not None
+
+    def normalised(params: Any, x: jax.Array) -> jax.Array:
+        return base.energy(params, x) + base.log_z
+
+    return _Problem(normalised, (), posterior.energy, base.sample, log_z)
 
 
 def _facts(

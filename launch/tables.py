@@ -153,10 +153,46 @@ def _objectives_2d() -> Table:
     )
 
 
+def _stability() -> Table:
+    """One change at a time: to what the recipe does not hold by itself, and to what it does."""
+    bare = {"energy_regularizer": 0.0, "adam_b1": 0.9}
+    arms: dict[str, dict[str, Any]] = {
+        "bare": bare,
+        "bare-rollback": {**bare, "max_rollbacks": 4, "loss_limit": 1e4, "checkpoint_every": 100},
+        "no-momentum": {"energy_regularizer": 0.0},
+        "regularized": {},
+        "regularized-last-iterate": {"ema_decay": 0.0},
+        "over-regularized": {"energy_regularizer": 1.0},
+        "gradient-penalty": {**bare, "gradient_penalty": 0.01},
+        "spectral-norm": {**bare, "spectral_bound": 3.0},
+        "divergence-term": {**bare, "divergence_weight": 1.0},
+        "resets": {**bare, "reset_margin": 5.0},
+    }
+    plane = {"num_frequencies": 0, "base_scale": 0.0}
+    digits = {"num_steps": 1000}
+    bare_digits = {**bare, "gradient_clip": 0.0, "data_noise": 0.0, "learning_rate_warmup_steps": 0}
+    return Table(
+        "Persistent contrastive divergence with and without what holds it: how many runs finish",
+        (
+            *(Row(f"2d-{name}", "density", {**plane, **arm}) for name, arm in arms.items()),
+            Row("digits-bare", "digits", {**digits, **bare_digits}),
+            Row("digits-regularized", "digits", digits),
+        ),
+        ("kl", "modes_covered", "frechet_pixel"),
+        seeds=5,
+        bars=(
+            Bar("2d-regularized", "kl", high=0.25),
+            Bar("2d-regularized", "modes_covered", low=8),
+            Bar("2d-over-regularized", "kl", low=1.0),
+        ),
+    )
+
+
 TABLES = {
     "hypergrid": _hypergrid(),
     "jarzynski": _jarzynski(),
     "energy_ood": _energy_ood(),
     "jem": _jem(),
     "objectives_2d": _objectives_2d(),
+    "stability": _stability(),
 }

@@ -102,6 +102,16 @@ class DensityConfig(AdamConfig):
     learning_rate_final_fraction: float = setting(-1.0, follows="objective")
     adam_b1: float = setting(-1.0, follows="objective")
     energy_regularizer: float = setting(-1.0, "weight of squared energies", follows="objective")
+    gradient_penalty: float = setting(0.0, "pcd: weight of the squared slope of the energy")
+    spectral_bound: float = setting(
+        0.0, "pcd: largest singular value of each weight matrix; 0: not held"
+    )
+    divergence_weight: float = setting(
+        0.0, "pcd: weight of the term for how chains depend on the parameters"
+    )
+    reset_margin: float = setting(
+        0.0, "pcd: chains lower than the data by more than this are born anew; 0: never"
+    )
     langevin_steps: int = setting(
         -1, "steps of a chain in one update (recovery_likelihood: on a level)", follows="objective"
     )
@@ -147,7 +157,8 @@ class DensityConfig(AdamConfig):
         check_at_least(self, 1, "walkers_moved")
         check_at_least(self, 1, "num_noise_levels", "recovery_levels", "sample_steps")
         check_at_least(self, 0, "base_scale", "data_noise", "flow_learning_rate")
-        check_at_least(self, 0, "energy_regularizer", "num_frequencies")
+        check_at_least(self, 0, "energy_regularizer", "num_frequencies", "gradient_penalty")
+        check_at_least(self, 0, "spectral_bound", "divergence_weight", "reset_margin")
         check_at_least(self, 1e-6, "langevin_step_size", "finite_difference_step", "recovery_step")
         check_at_least(self, 1e-6, "narrowest_noise", "perturbation_scale", "frequency_scale")
         check_at_least(self, 2, "flow_layers")

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ebjax.energies import mlp_energy
+from ebjax.energies.spectral import normalized_objective, spectral_normalize
+from ebjax.objectives.chain_divergence import ChainDivergence
 from ebjax.objectives.conditional_noise_contrastive import (
     conditional_noise_contrastive,
     gaussian_perturbation,
@@ -41,6 +43,7 @@ from ebjax.objectives.recovery_likelihood import (
     recovery_sample,
 )
 from ebjax.objectives.recovery_schedule import cosine_noise, recovery_schedule
+from ebjax.objectives.regularizers import gradient_penalty
 from ebjax.objectives.score_matching import (
     finite_difference_score_matching,
     score_matching,
@@ -158,8 +161,18 @@ def _plain(build: Callable[[Any, Frame, EnergyFn], Objective]):
     return method
 
 
-def _persistent(config: Any, frame: Frame, energy_fn: EnergyFn) -> Objective:
-    return persistent_contrastive_divergence(
+def _persistent(config: Any, frame: Frame) -> Method:
+    """With what holds the training stable; the weights may be normalised, then the law's too."""
+    init, energy_fn = _plain_energy(config, frame)
+    is_normal = config.spectral_bound > 0.0
+
+    def data_energy(params, x):
+        if is_normal:
+            params = spectral_normalize(params, bound=config.spectral_bound)
+        return energy_fn(params, x)
+
+    divergence = ChainDivergence(config.divergence_weight) if config.divergence_weight else None
+    objective = persistent_contrastive_divergence(
         energy_fn,
         _kernel(config),
         lambda key: _wide_noise(key, frame),
@@ -167,7 +180,15 @@ def _persistent(config: Any, frame: Frame, energy_fn: EnergyFn) -> Objective:
         chains_per_example=config.chains_per_example,
         rebirth_probability=config.rebirth_probability,
         energy_regularizer=config.energy_regularizer,
+        regularizers=[gradient_penalty(config.gradient_penalty)] if config.gradient_penalty else [],
+        divergence=divergence,
+        reset_margin=config.reset_margin or None,
+        axis_name=AXIS_NAME,
     )
+    if is_normal:
+        objective = normalized_objective(objective, bound=config.spectral_bound)
+    draw = _draw_by_chains(config, frame, data_energy, config.sample_steps)
+    return Method(init, objective, data_energy, draw)
 
 
 def _from_data(config: Any, frame: Frame, energy_fn: EnergyFn) -> Objective:
@@ -386,7 +407,7 @@ def _jarzynski(config: Any, frame: Frame) -> Method:
 
 
 METHODS: dict[str, Callable[[Any, Frame], Method]] = {
-    "pcd": _plain(_persistent),
+    "pcd": _persistent,
     "cd": _plain(_from_data),
     "short_run": _short_run,
     "score_matching": _plain(_implicit),

@@ -12,6 +12,7 @@ log-probabilities are the values, and only the gradient is computed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -19,9 +20,9 @@ import jax.numpy as jnp
 
 from ebjax.types import Params, PyTree
 from gflownet.compaction import compact_map
-from gflownet.types import Environment, Policy, State, Trajectories
+from gflownet.types import Environment, Policy, PolicyOutput, State, Trajectories
 
-__all__ = ["Scores", "backward_rollout", "forward_rollout", "score"]
+__all__ = ["Scores", "at_states", "backward_rollout", "forward_rollout", "score"]
 
 
 # Once half of the lanes have nothing left to do, the others go on in a program of half the width.
@@ -30,15 +31,41 @@ MAX_PHASES = 3
 
 
 class Scores(NamedTuple):
-    """Log-probabilities of trajectories with gradient to the policy's parameters.
+    """What the policy says of trajectories, with gradient to its parameters.
 
     Attributes:
       log_pf: [T, B], 0 where not valid.
       log_pb: [T, B], 0 where not valid.
+      log_flow: [T + 1, B] log F of the states that are left, 0 elsewhere; ``None`` if not asked.
+      log_stop: [T + 1, B] log P_F(stop | s) of these states, likewise.
     """
 
     log_pf: jax.Array
     log_pb: jax.Array
+    log_flow: jax.Array | None = None
+    log_stop: jax.Array | None = None
+
+
+class _Step(NamedTuple):
+    """What one trajectory does at one time step.
+
+    Attributes:
+      moves: [] bool, whether it takes an action.
+      state: the next state.
+      action: [] int32.
+      here: [] log-probability of the action.
+      last: [] log-probability of the action before, in the other direction.
+      is_choice: [] bool, whether one of the two was one of several possible.
+      log_flow: [] of the state that the step starts from, or ``None``.
+    """
+
+    moves: jax.Array
+    state: State
+    action: jax.Array
+    here: jax.Array
+    last: jax.Array
+    is_choice: jax.Array
+    log_flow: jax.Array | None
 
 
 class _Buffers(NamedTuple):
@@ -50,6 +77,7 @@ class _Buffers(NamedTuple):
     is_choice: jax.Array
     here: jax.Array
     last: jax.Array
+    log_flow: jax.Array | None
 
 
 class _Lanes(NamedTuple):
@@ -87,9 +115,7 @@ def _roll(keys, environment: Environment, start, transition, *, extra_step: bool
       keys: [B].
       environment: for its length.
       start: [B, ...] states.
-      transition: ``(key, state, last action, is first step) -> (next state, moves, action,
-        log-probability of the action, log-probability of the last action in the other direction,
-        is_choice)`` for one trajectory; ``moves`` says whether the trajectory took an action.
+      transition: ``(key, state, last action, is first step) -> _Step`` for one trajectory.
       extra_step: whether one more evaluation follows the last action.
 
     Returns:
@@ -99,37 +125,9 @@ def _roll(keys, environment: Environment, start, transition, *, extra_step: bool
     length, batch_size = environment.max_length, keys.shape[0]
     step_keys = jax.vmap(lambda key: jax.random.split(key, length + 1), out_axes=1)(keys)
     rows, shape = length + 1, (length + 1, batch_size)
-    buffers = _Buffers(
-        states=jax.tree.map(lambda leaf: jnp.zeros((rows, *leaf.shape), leaf.dtype), start),
-        actions=jnp.zeros(shape, jnp.int32),
-        valid=jnp.zeros(shape, bool),
-        is_choice=jnp.zeros(shape, bool),
-        here=jnp.zeros(shape),
-        last=jnp.zeros(shape),
-    )
 
-    def body(loop):
-        t, lanes, step_keys, buffers = loop
-        moves, next_states, actions, here, last, is_choice = jax.vmap(transition, (0, 0, 0, None))(
-            step_keys[t, : len(lanes.moved)], lanes.state, lanes.action, t == 0
-        )
-        row = _Buffers(
-            states=lanes.state,
-            actions=actions,
-            valid=moves,
-            is_choice=is_choice & (moves | lanes.moved),
-            here=jnp.where(moves, here, 0.0),
-            last=jnp.where(lanes.moved, last, 0.0),
-        )
-        states = jax.tree.map(
-            lambda new, old: jnp.where(_expand(moves, new), new, old), next_states, lanes.state
-        )
-        goes_on = moves if extra_step else moves & jax.vmap(can_move)(states)
-        lanes = _Lanes(lanes.trajectory, states, actions, moves, goes_on)
-        return t + 1, lanes, step_keys, _write(buffers, row, t)
-
-    def can_move(state):
-        return environment.forward_mask(state).any()
+    def take_step(keys, lanes, is_first):
+        return jax.vmap(transition, (0, 0, 0, None))(keys, lanes.state, lanes.action, is_first)
 
     lanes = _Lanes(
         trajectory=jnp.arange(batch_size),
@@ -138,6 +136,40 @@ def _roll(keys, environment: Environment, start, transition, *, extra_step: bool
         moved=jnp.zeros(batch_size, bool),
         goes_on=jnp.ones(batch_size, bool),
     )
+    flow = jax.eval_shape(take_step, step_keys[0], lanes, jnp.asarray(True)).log_flow
+    buffers = _Buffers(
+        states=jax.tree.map(lambda leaf: jnp.zeros((rows, *leaf.shape), leaf.dtype), start),
+        actions=jnp.zeros(shape, jnp.int32),
+        valid=jnp.zeros(shape, bool),
+        is_choice=jnp.zeros(shape, bool),
+        here=jnp.zeros(shape),
+        last=jnp.zeros(shape),
+        log_flow=None if flow is None else jnp.zeros(shape, flow.dtype),
+    )
+
+    def body(loop):
+        t, lanes, step_keys, buffers = loop
+        step = take_step(step_keys[t, : len(lanes.moved)], lanes, t == 0)
+        moves = step.moves
+        row = _Buffers(
+            states=lanes.state,
+            actions=step.action,
+            valid=moves,
+            is_choice=step.is_choice & (moves | lanes.moved),
+            here=jnp.where(moves, step.here, 0.0),
+            last=jnp.where(lanes.moved, step.last, 0.0),
+            log_flow=step.log_flow,
+        )
+        states = jax.tree.map(
+            lambda new, old: jnp.where(_expand(moves, new), new, old), step.state, lanes.state
+        )
+        goes_on = moves if extra_step else moves & jax.vmap(can_move)(states)
+        lanes = _Lanes(lanes.trajectory, states, step.action, moves, goes_on)
+        return t + 1, lanes, step_keys, _write(buffers, row, t)
+
+    def can_move(state):
+        return environment.forward_mask(state).any()
+
     t = jnp.zeros((), jnp.int32)
     sizes = _lane_counts(batch_size)
     for size, next_size in zip(sizes, [*sizes[1:], 0], strict=True):
@@ -174,6 +206,10 @@ def _lane_counts(batch_size: int) -> list[int]:
     return sizes
 
 
+def _where_left(log_flow: jax.Array | None, is_left: jax.Array) -> jax.Array | None:
+    return None if log_flow is None else jnp.where(is_left, log_flow, 0.0)
+
+
 def _expand(mask: jax.Array, leaf: jax.Array) -> jax.Array:
     return mask.reshape(mask.shape + (1,) * (leaf.ndim - mask.ndim))
 
@@ -186,6 +222,7 @@ def forward_rollout(
     *,
     epsilon: jax.Array | float = 0.0,
     reward_params: Params = (),
+    start: State | None = None,
 ) -> Trajectories:
     """Samples trajectories from the source by P_F, mixed with uniform exploration.
 
@@ -197,10 +234,13 @@ def forward_rollout(
       epsilon: [] share of uniform exploration in what is drawn; log-probabilities are always those
         of the policy itself.
       reward_params: the first argument of ``environment.log_reward``.
+      start: [B, ...] sources, drawn from ``keys`` by default.
 
     Returns:
       ``Trajectories``, no part of which carries gradient.
     """
+    if start is None:
+        start = jax.vmap(environment.initial)(keys)
     params, reward_params = jax.lax.stop_gradient((params, reward_params))
 
     def transition(key, state, last_action, is_first):
@@ -213,20 +253,21 @@ def forward_rollout(
         is_choice = (moves & ~output.forward.is_certain()) | (
             ~is_first & ~output.backward.is_certain()
         )
-        return (
+        return _Step(
             moves,
             environment.step(state, action),
             action,
             output.forward.log_prob(action),
             output.backward.log_prob(last_action),
             is_choice,
+            output.log_flow,
         )
 
     # P_B of the last step is told by the state after it, unless it undoes a stop: then it is 1.
     final, buffers = _roll(
         keys,
         environment,
-        jax.vmap(environment.initial)(keys),
+        start,
         transition,
         extra_step=environment.stop_action is None,
     )
@@ -244,6 +285,7 @@ def forward_rollout(
         log_pb=buffers.last[1:],
         terminal=final,
         log_reward=jax.vmap(environment.log_reward, (None, 0))(reward_params, final),
+        log_flow=_where_left(buffers.log_flow, buffers.valid),
     )
     return jax.lax.stop_gradient(trajectories)
 
@@ -282,13 +324,14 @@ def backward_rollout(
         is_choice = (moves & ~output.backward.is_certain()) | (
             ~is_first & ~output.forward.is_certain()
         )
-        return (
+        return _Step(
             moves,
             environment.undo(state, action),
             action,
             output.backward.log_prob(action),
             output.forward.log_prob(last_action),
             is_choice,
+            output.log_flow,
         )
 
     # The last evaluation, at the source, tells P_F of the first action.
@@ -302,6 +345,7 @@ def backward_rollout(
         return jnp.take_along_axis(leaf, index.reshape(index.shape + (1,) * (leaf.ndim - 2)), 0)
 
     valid = (rows < length)[:-1]
+    log_flow = None if buffers.log_flow is None else reverse(buffers.log_flow, 0)
     states = jax.tree.map(lambda leaf, end: reverse(leaf, 0).at[0].set(end), buffers.states, final)
     trajectories = Trajectories(
         states=states,
@@ -312,8 +356,44 @@ def backward_rollout(
         log_pb=jnp.where(valid, reverse(buffers.here, 1)[:-1], 0.0),
         terminal=terminal,
         log_reward=jax.vmap(environment.log_reward, (None, 0))(reward_params, terminal),
+        log_flow=_where_left(log_flow, rows < length),
     )
     return jax.lax.stop_gradient(trajectories)
+
+
+def at_states(
+    fn: Callable[[Params, State], jax.Array],
+    params: Params,
+    states: State,
+    needed: jax.Array,
+    *,
+    chunk_size: int = 64,
+) -> jax.Array:
+    """``fn(params, state)`` at the needed states and 0 at the others, without gradient.
+
+    Args:
+      fn: ``(params, state) -> []``, an energy or a reward, say.
+      params: its first argument.
+      states: [..., ...].
+      needed: [...] bool.
+      chunk_size: states evaluated at a time.
+
+    Returns:
+      [...] values.
+    """
+    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[needed.ndim :]), states)
+    params = jax.lax.stop_gradient(params)
+    one = jax.tree.map(lambda leaf: leaf[0], flat)
+    shape = jax.eval_shape(fn, params, one)
+    values = compact_map(
+        fn,
+        params,
+        flat,
+        needed.reshape(-1),
+        like=jnp.zeros((), shape.dtype),
+        chunk_size=chunk_size,
+    )
+    return jax.lax.stop_gradient(values).reshape(needed.shape)
 
 
 def score(
@@ -323,30 +403,41 @@ def score(
     trajectories: Trajectories,
     *,
     is_on_policy: bool,
+    with_flow: bool = False,
+    with_stop: bool = False,
     chunk_size: int = 64,
 ) -> Scores:
     """Log-probabilities of the trajectories' actions under ``params``, with gradient to them.
 
     Args:
       environment: the graph.
-      policy: P_F and P_B.
+      policy: P_F and P_B, and log F if asked.
       params: the policy's parameters.
       trajectories: from anywhere.
       is_on_policy: whether the trajectories were drawn with these very ``params`` (exploration does
-        not matter), so that their recorded log-probabilities are the values.
+        not matter), so that what they recorded are the values.
+      with_flow: whether log F is wanted too, from the same evaluation.
+      with_stop: whether log P_F(stop | s) is wanted too; it is not recorded, so that values are
+        computed whatever ``is_on_policy`` says.
       chunk_size: states evaluated at a time.
 
     Returns:
       ``Scores``.
+
+    Raises:
+      ValueError: if the policy has no log F, or the environment no stop action, that is asked for.
     """
+    if with_stop and environment.stop_action is None:
+        raise ValueError("The environment has no stop action, which this objective needs.")
     states = trajectories.states
     none = jnp.zeros_like(trajectories.valid[:1])
     no_action = jnp.zeros_like(trajectories.actions[:1])
+    is_left = jnp.concatenate([trajectories.valid, none])
     items = {
         "state": states,
         "forward_action": jnp.concatenate([trajectories.actions, no_action]),
         "backward_action": jnp.concatenate([no_action, trajectories.actions]),
-        "is_left": jnp.concatenate([trajectories.valid, none]),
+        "is_left": is_left,
         "is_entered": jnp.concatenate([none, trajectories.valid]),
     }
     items = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), items)
@@ -362,25 +453,45 @@ def score(
         )
         log_pf = output.forward.log_prob(item["forward_action"])
         log_pb = output.backward.log_prob(item["backward_action"])
-        return (
+        values = [
             jnp.where(item["is_left"], log_pf, 0.0),
             jnp.where(item["is_entered"], log_pb, 0.0),
-        )
+        ]
+        if with_flow:
+            values.append(jnp.where(item["is_left"], _log_flow(output), 0.0))
+        if with_stop:
+            log_stop = output.forward.log_prob(jnp.asarray(environment.stop_action))
+            values.append(jnp.where(item["is_left"], log_stop, 0.0))
+        return tuple(values)
 
     recorded = None
-    if is_on_policy:
+    if is_on_policy and not with_stop:
         zeros = jnp.zeros_like(trajectories.log_pf[:1])
-        recorded = (
-            jnp.concatenate([trajectories.log_pf, zeros]).reshape(-1),
-            jnp.concatenate([zeros, trajectories.log_pb]).reshape(-1),
-        )
-    log_pf, log_pb = compact_map(
+        values = [
+            jnp.concatenate([trajectories.log_pf, zeros]),
+            jnp.concatenate([zeros, trajectories.log_pb]),
+        ]
+        if with_flow:
+            values.append(_log_flow(trajectories))
+        recorded = tuple(value.reshape(-1) for value in values)
+    needed = trajectories.is_choice | is_left if with_flow or with_stop else trajectories.is_choice
+    dtypes = [trajectories.log_pf.dtype, trajectories.log_pb.dtype]
+    dtypes += [trajectories.log_pf.dtype] * (with_flow + with_stop)
+    log_pf, log_pb, *others = compact_map(
         score_state,
         params,
         items,
-        trajectories.is_choice.reshape(-1),
+        needed.reshape(-1),
         recorded=recorded,
-        like=(trajectories.log_pf.dtype.type(0), trajectories.log_pb.dtype.type(0)),
+        like=tuple(dtype.type(0) for dtype in dtypes),
         chunk_size=chunk_size,
     )
-    return Scores(log_pf.reshape(shape)[:-1], log_pb.reshape(shape)[1:])
+    log_flow = others.pop(0).reshape(shape) if with_flow else None
+    log_stop = others.pop(0).reshape(shape) if with_stop else None
+    return Scores(log_pf.reshape(shape)[:-1], log_pb.reshape(shape)[1:], log_flow, log_stop)
+
+
+def _log_flow(output: PolicyOutput | Trajectories) -> jax.Array:
+    if output.log_flow is None:
+        raise ValueError("The policy has no log flow, which this objective needs (with_flow).")
+    return output.log_flow

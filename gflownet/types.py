@@ -59,8 +59,8 @@ class Environment(NamedTuple):
       enumerate: ``() -> states [S, ...]``, all states, for exact tests; where that is possible.
       state_index: ``state -> []`` int32, the place of a state in ``enumerate()``.
       log_z: log Σ_x R(x) in closed form, where there is one.
-      intermediate_energy: ``(params, state) -> []``, an energy of every state, 0 at the source,
-        for forward-looking objectives; where there is one.
+      intermediate_energy: ``(params, state) -> []``, an energy of every state that is -log R at
+        terminal ones, for forward-looking objectives; where there is one.
     """
 
     initial: Callable[[jax.Array], State]
@@ -136,6 +136,8 @@ class Trajectories(NamedTuple):
       log_pb: [T, B] log P_B, likewise.
       terminal: [B, ...] the last states.
       log_reward: [B].
+      log_flow: [T + 1, B] log F of the states that were left, likewise; ``None`` where the policy
+        has no such head.
     """
 
     states: Any
@@ -146,6 +148,7 @@ class Trajectories(NamedTuple):
     log_pb: jax.Array
     terminal: Any
     log_reward: jax.Array
+    log_flow: jax.Array | None = None
 
     @property
     def length(self) -> jax.Array:

@@ -23,8 +23,8 @@ import numpy as np
 
 from ebjax.energies import temper
 from ebjax.recipes.image_models import BOUNDS, Model
-from ebjax.samplers import box, folded, mala
-from ebjax.types import Kernel, bind
+from ebjax.samplers import box, mala
+from ebjax.samplers.constrained import folded_energy
 
 __all__ = ["ImageSets", "evaluate_images", "image_figures", "likelihood_figures", "outliers"]
 
@@ -161,24 +161,23 @@ def likelihood_figures(
     num_dims = math.prod(shape)
     held_out = _with_noise(held_out_key, sets.held_out, model, sets.num_values)
     training = _with_noise(training_key, sets.training, model, sets.num_values)
-    make_kernel: Callable[..., Kernel]
+    energy = temper(model.energy, model.temperature)
     ladder = (np.arange(1, _NUM_TEMPERATURES + 1) / _NUM_TEMPERATURES) ** 2
     if model.data_noise == 0.0:
         name, width = "tempered_bits_per_dim", _level_width(sets.num_values)
-        base = uniform_base(shape, *BOUNDS)
-        make_kernel = bind(_mirrored_mala)
+        # Chains run in R^D on the box's mirror images, with the weights of where they fold to.
+        base, energy = uniform_base(shape, *BOUNDS), folded_energy(energy, box(*BOUNDS))
         steps = np.minimum(model.step_size * model.temperature / ladder, 0.05)
     else:
         name, width = "noisy_bits_per_dim", 1.0
         base = normal_base(training)
-        make_kernel = mala
         steps = np.full(len(ladder), model.step_size)
     logs = annealed_log_likelihood(
         anneal_key,
-        temper(model.energy, model.temperature),
+        energy,
         params,
         base,
-        make_kernel,
+        mala,
         held_out[:_NUM_LIKELIHOOD_EXAMPLES],
         inverse_temperatures=ladder,
         chains_per_example=1,
@@ -191,10 +190,6 @@ def likelihood_figures(
         f"{name}_standard_error": float(bits.std(ddof=1) / math.sqrt(len(bits))),
         f"{name}_of_normal_law": float(normal.mean() - math.log2(width)),
     }
-
-
-def _mirrored_mala(*, step_size):
-    return folded(mala(step_size=step_size), box(*BOUNDS))
 
 
 def _level_width(num_values: int | None) -> float:

@@ -17,7 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from ebjax.types import Objective, Params
-from gflownet.rollout import forward_rollout, score
+from gflownet.objectives.flow_objective import LogZ, constant_log_z, flow_objective
+from gflownet.objectives.residual_losses import ResidualLoss, squared
+from gflownet.sampling import TrajectorySampler, forward_sampler
 from gflownet.types import Environment, Policy
 
 __all__ = ["trajectory_balance", "trajectory_balance_residual"]
@@ -59,6 +61,9 @@ def trajectory_balance(
     *,
     epsilon: Callable[[jax.Array], jax.Array] | float = 0.0,
     reward_params: Params = (),
+    sampler: TrajectorySampler | None = None,
+    log_z: LogZ = constant_log_z,
+    residual_loss: ResidualLoss = squared,
     chunk_size: int = 64,
 ) -> Objective:
     """Builds the objective: each update draws one new trajectory an example slot.
@@ -68,53 +73,32 @@ def trajectory_balance(
       policy: P_F and P_B.
       epsilon: share of uniform exploration, a number or a schedule of the update count.
       reward_params: the reward's parameters.
+      sampler: where trajectories come from instead; it then stands for the two options above.
+      log_z: ``(params["log_z"], source state) -> []``; by default the parameter is log Z. A flow
+        that is conditional on its source learns a function of it.
+      residual_loss: loss of δ.
       chunk_size: states evaluated at a time in the gradient pass.
 
     Returns:
-      An ``Objective`` whose parameters are ``{"policy": ..., "log_z": []}``, whose batch is not
-      used, and whose carry counts the updates of each slot (the schedule's argument). Metrics:
-      ``log_z``, ``log_reward``, ``trajectory_length``, ``epsilon``, and ``elbo``, the mean of
-      log R + log P_B - log P_F, a lower bound of log Z when nothing is explored.
+      An ``Objective`` whose parameters are ``{"policy": ..., "log_z": ...}``. With the default
+      sampler the batch is not used, and the carry counts the updates of each slot (the schedule's
+      argument). Metrics: ``log_z``, ``log_reward``, ``trajectory_length``, ``epsilon``, and
+      ``elbo``, the mean of log R + log P_B - log P_F, a lower bound of log Z when nothing is
+      explored.
     """
 
-    def init(key, params, batch):
-        del key, params
-        return jnp.zeros(len(jax.tree.leaves(batch)[0]), jnp.int32)
+    def losses(batch):
+        t, scores = batch.trajectories, batch.scores
+        source = jax.tree.map(lambda leaf: leaf[0], t.states)
+        learned = jax.vmap(log_z, (None, 0), axis_size=t.valid.shape[1])(
+            batch.params["log_z"], source
+        )
+        residual = jax.vmap(trajectory_balance_residual, (0, 1, 1, 0, 1))(
+            learned, scores.log_pf, scores.log_pb, t.log_reward, t.valid
+        )
+        return residual_loss(residual), {"log_z": learned.mean()}
 
-    def loss(params, carry, keys, batch):
-        del batch
-        # A schedule may end a rounding error below 0.
-        share = jnp.maximum(epsilon(carry[0]) if callable(epsilon) else epsilon, 0.0)
-        trajectories = forward_rollout(
-            keys,
-            environment,
-            policy,
-            params["policy"],
-            epsilon=share,
-            reward_params=reward_params,
-        )
-        scores = score(
-            environment,
-            policy,
-            params["policy"],
-            trajectories,
-            is_on_policy=True,
-            chunk_size=chunk_size,
-        )
-        residual = jax.vmap(trajectory_balance_residual, (None, 1, 1, 0, 1))(
-            params["log_z"],
-            scores.log_pf,
-            scores.log_pb,
-            trajectories.log_reward,
-            trajectories.valid,
-        )
-        metrics = {
-            "log_z": params["log_z"],
-            "elbo": params["log_z"] - residual.mean(),
-            "log_reward": trajectories.log_reward.mean(),
-            "trajectory_length": trajectories.length.mean(dtype=jnp.float32),
-            "epsilon": share,
-        }
-        return jnp.mean(jnp.square(residual)), (carry + 1, metrics)
-
-    return Objective(init=init, loss=loss)
+    sampler = sampler or forward_sampler(
+        environment, policy, epsilon=epsilon, reward_params=reward_params
+    )
+    return flow_objective(environment, policy, losses, sampler, chunk_size=chunk_size)

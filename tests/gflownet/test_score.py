@@ -59,7 +59,8 @@ def scored(name, chunk_size, is_on_policy):
                 is_on_policy=is_on_policy,
                 chunk_size=chunk_size,
             )
-            return weighted(weights, *scores), tuple(scores)
+            log_probs = (scores.log_pf, scores.log_pb)
+            return weighted(weights, *log_probs), log_probs
 
         return jax.grad(total, has_aux=True)(params)
 

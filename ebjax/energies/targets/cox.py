@@ -7,11 +7,21 @@ model of Møller, Syversveen and Waagepetersen, "Log Gaussian Cox processes", Sc
 Statistics 25 (1998), and the benchmark of Heng et al., "Controlled sequential Monte Carlo", Annals
 of Statistics 48 (2020). As there, the likelihood is Σ_m x_m y_m - a e^{x_m}: terms that do not
 depend on x are left out, so that figures for log Z compare.
+
+The Gaussian q = N(m, V) nearest to the posterior in KL(q | p) solves
+
+    K^{-1} (m - μ 1) + λ - y = 0,   V^{-1} = K^{-1} + diag λ,   λ_m = a exp(m_m + V_mm / 2)
+
+In x = m + A u with A A' = V it is N(0, I), and with d = A u the posterior's energy exceeds its own
+by Σ_m λ_m (exp(d_m - V_mm / 2) - d_m - d_m² / 2) and a constant: what is not Gaussian, and no more.
+Opper and Archambeau, "The variational Gaussian approximation revisited", Neural Computation 21
+(2009).
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +31,7 @@ import numpy.typing as npt
 from ebjax.energies.targets.gaussian import diagonal_gaussian
 from ebjax.energies.targets.posterior import Posterior, make_posterior
 from ebjax.energies.targets.reductions import half_quadratic_form, matrix_product, total
-from ebjax.types import Moments, Target
+from ebjax.types import EnergyFn, Moments, Target
 
 __all__ = ["count_points", "log_gaussian_cox"]
 
@@ -58,6 +68,7 @@ def log_gaussian_cox(
     counts: npt.ArrayLike | None = None,
     seed: int = 0,
     is_whitened: bool = False,
+    is_fitted: bool = False,
 ) -> Posterior:
     """The posterior of x given the counts, in D = n² dimensions.
 
@@ -68,14 +79,21 @@ def log_gaussian_cox(
       seed: of NumPy's ``default_rng``.
       is_whitened: whether positions are z ~ N(0, I) with x = μ + L z and K = L L', rather than x.
         log Z is the same.
+      is_fitted: whether positions are the u above, in which the nearest Gaussian is N(0, I). The
+        ``prior`` is then that Gaussian, ``likelihood`` the posterior over it, and log Z the same: a
+        far better start for a tempered sampler. Takes cubic time in n², seconds for n = 40.
 
     Returns:
       A ``Posterior`` over [n²]; log Z, moments and exact draws are not known, those of the prior
-      are. One product with an n² x n² matrix an evaluation with gradient, two if whitened.
+      are. One product with an n² x n² matrix an evaluation with gradient, two if whitened or
+      fitted.
 
     Raises:
-      ValueError: if the counts are not n x n nonnegative numbers.
+      ValueError: if the counts are not n x n nonnegative numbers, or positions are to be of two
+        kinds.
     """
+    if is_whitened and is_fitted:
+        raise ValueError("is_whitened and is_fitted exclude each other; choose one.")
     if grid_size < 1:
         raise ValueError(f"grid_size is {grid_size}; it must be at least 1.")
     num_cells = grid_size**2
@@ -95,10 +113,67 @@ def log_gaussian_cox(
     def whitened_likelihood(params, z):
         return unwhitened_likelihood(params, matrix_product(root, z) + _MEAN)
 
+    standard = diagonal_gaussian(np.zeros(num_cells), np.ones(num_cells), is_normalised=True)
+    if is_fitted:
+        return make_posterior(standard, _likelihood_of_fit(_nearest_gaussian(root, y)))
     if is_whitened:
-        prior = diagonal_gaussian(np.zeros(num_cells), np.ones(num_cells), is_normalised=True)
-        return make_posterior(prior, whitened_likelihood)
+        return make_posterior(standard, whitened_likelihood)
     return make_posterior(_prior(covariance, root), unwhitened_likelihood)
+
+
+class _Fit(NamedTuple):
+    """The nearest Gaussian: A [D, D], the diagonal v [D] of V, λ [D], and the constant c."""
+
+    factor: np.ndarray
+    variance: np.ndarray
+    rate: np.ndarray
+    constant: float
+
+
+def _nearest_gaussian(root: np.ndarray, y: np.ndarray, *, max_steps: int = 100) -> _Fit:
+    """Newton steps for m = μ + L w, with V from the λ of the step before, until both stand still.
+
+    With fixed V the bound is concave in w. V contracts to its fixed point, by a factor of at most
+    s²/8 a step where cells do not interact.
+    """
+    num_cells = len(y)
+    w, variance = np.zeros(num_cells), np.full(num_cells, _VARIANCE)
+
+    def rate_at(w):
+        return np.exp(_MEAN + root @ w + 0.5 * variance) / num_cells
+
+    def loss(w):
+        return 0.5 * w @ w + rate_at(w).sum() - y @ (root @ w)
+
+    for _ in range(max_steps):
+        rate = rate_at(w)
+        hessian = np.eye(num_cells) + (root.T * rate) @ root
+        # C C' = H^{-1}, so that A = L C has A A' = V.
+        inverse_root = np.linalg.inv(np.linalg.cholesky(hessian)).T
+        factor = root @ inverse_root
+        direction = -inverse_root @ (inverse_root.T @ (w + root.T @ (rate - y)))
+        step = 1.0
+        while step > 1e-8 and not loss(w + step * direction) <= loss(w) + 1e-9:
+            step *= 0.5
+        previous, variance = variance, np.square(factor).sum(axis=1)
+        w = w + step * direction
+        if max(np.abs(direction).max(), np.abs(variance - previous).max()) < 1e-10:
+            break
+    else:
+        raise ValueError(f"No nearest Gaussian was found in {max_steps} steps.")
+    log_determinant = np.log(np.diag(inverse_root)).sum()
+    constant = 0.5 * w @ w - y @ (_MEAN + root @ w) - log_determinant
+    return _Fit(factor, variance, rate, float(constant))
+
+
+def _likelihood_of_fit(fit: _Fit) -> EnergyFn:
+    def likelihood(params, u):
+        del params
+        variance, rate = jnp.asarray(fit.variance, u.dtype), jnp.asarray(fit.rate, u.dtype)
+        d = matrix_product(fit.factor, u)
+        return total(rate * (jnp.exp(d - 0.5 * variance) - d - 0.5 * d * d)) + fit.constant
+
+    return likelihood
 
 
 def _covariance(grid_size: int) -> np.ndarray:

@@ -25,6 +25,7 @@ UNSAMPLED = {
     "logistic_regression": targets.logistic_regression,
     "log_gaussian_cox": lambda: targets.log_gaussian_cox(5),
     "log_gaussian_cox_whitened": lambda: targets.log_gaussian_cox(5, is_whitened=True),
+    "log_gaussian_cox_fitted": lambda: targets.log_gaussian_cox(5, is_fitted=True),
     "lennard_jones": lambda: targets.lennard_jones(4),
 }
 

@@ -14,6 +14,7 @@ POSTERIORS = {
     "logistic_regression": lambda: targets.logistic_regression("wine"),
     "log_gaussian_cox": lambda: targets.log_gaussian_cox(4, seed=1),
     "log_gaussian_cox_whitened": lambda: targets.log_gaussian_cox(4, seed=1, is_whitened=True),
+    "log_gaussian_cox_fitted": lambda: targets.log_gaussian_cox(4, seed=1, is_fitted=True),
 }
 
 EVIDENCE = {"breast_cancer": -55.225, "wine": -27.327}  # as the docstring says
@@ -28,6 +29,10 @@ def test_the_posterior_is_prior_times_likelihood(name, x64):
     assert x.shape == posterior.event_shape
     parts = posterior.prior.energy((), x) + posterior.likelihood((), x)
     np.testing.assert_allclose(posterior.energy((), x), parts, rtol=1e-12)
+
+
+def z_scores(values, truth):
+    return np.abs(values.mean(0) - truth) / (values.std(0) / np.sqrt(len(values)))
 
 
 def log_mean_exp(log_weights):
@@ -104,14 +109,18 @@ def test_curvature_of_the_regression_at_zero_weights(x64):
 
 
 def test_one_cell_of_the_cox_process_by_quadrature(x64):
-    """log Z of both parametrisations on a grid of one cell."""
+    """log Z of all parametrisations on a grid of one cell."""
     mean, scale = np.log(126.0) - 0.5 * 1.91, np.sqrt(1.91)
     z = np.linspace(-12.0, 12.0, 20_001)
     x = mean + scale * z
     terms = np.exp(-0.5 * z**2 + 90.0 * x - np.exp(x) - 300.0)
     expected = np.log(terms.sum() * (z[1] - z[0])) - 0.5 * np.log(2.0 * np.pi) + 300.0
-    for is_whitened, points, scale_of_points in ((False, x, scale), (True, z, 1.0)):
-        posterior = targets.log_gaussian_cox(1, counts=[[90]], is_whitened=is_whitened)
+    for options, points, scale_of_points in (
+        ({}, x, scale),
+        ({"is_whitened": True}, z, 1.0),
+        ({"is_fitted": True}, z, 1.0),
+    ):
+        posterior = targets.log_gaussian_cox(1, counts=[[90]], **options)
         energies = jax.vmap(posterior.energy, (None, 0))((), jnp.asarray(points)[:, None])
         step = scale_of_points * (z[1] - z[0])
         log_z = float(jax.nn.logsumexp(-energies)) + np.log(step)
@@ -131,8 +140,34 @@ def test_whitening_is_a_change_of_variables(x64):
         log_jacobian = np.log(np.diag(root)).sum()
         there = plain.energy((), mean + root @ z) - log_jacobian
         np.testing.assert_allclose(white.energy((), z), there, rtol=1e-10)
-    fitted = [targets.laplace_approximation(t.energy, (), t.prior.modes[0]) for t in (plain, white)]
-    np.testing.assert_allclose(fitted[0].log_z, fitted[1].log_z, atol=1e-8)
+    fitted = targets.log_gaussian_cox(6, seed=2, is_fitted=True)
+    # Laplace's estimate does not depend on coordinates.
+    log_zs = [
+        targets.laplace_approximation(target.energy, (), target.prior.modes[0]).log_z
+        for target in (plain, white, fitted)
+    ]
+    np.testing.assert_allclose(log_zs, log_zs[0], atol=1e-8)
+
+
+def test_no_gaussian_is_nearer_to_the_cox_posterior(x64):
+    """KL(q | p) is stationary in q = N(m, S): E_q[∇E] = 0 and E_q[∇²E] = S^{-1}."""
+    posterior = targets.log_gaussian_cox(4, seed=1, is_fitted=True)
+    noise = np.random.default_rng(0).normal(size=(20_000, 16))
+
+    @jax.jit
+    @jax.vmap
+    def derivatives(u):
+        gradient = jax.grad(posterior.energy, 1)
+        return gradient((), u), jax.jacfwd(gradient, 1)((), u)
+
+    def worst(mean, scale):
+        gradient, hessian = map(np.asarray, derivatives(mean + scale * noise))
+        scores = z_scores(gradient, 0.0), z_scores(hessian, np.eye(16) / scale**2)
+        return max(score.max() for score in scores)
+
+    assert worst(0.0, 1.0) < 5.0
+    assert worst(0.1, 1.0) > 5.0
+    assert worst(0.0, 1.1) > 5.0
 
 
 def test_the_cox_covariance_is_that_of_the_papers():

@@ -34,10 +34,22 @@ def shapes(tree):
     return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_each_objective_fits_the_loop(objective):
+STABILIZERS = {
+    "gradient_penalty": 0.1,
+    "spectral_bound": 2.0,
+    "divergence_weight": 1.0,
+    "reset_margin": 3.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("objective", "options"),
+    [*((name, {}) for name in OBJECTIVES), ("pcd", STABILIZERS)],
+    ids=[*OBJECTIVES, "pcd-held"],
+)
+def test_each_objective_fits_the_loop(objective, options):
     """Parameters, carry and samples keep their shapes; nothing is compiled."""
-    config = DensityConfig(objective=objective, **TINY)
+    config = DensityConfig(objective=objective, **TINY, **options)
     run = build(config)
     method = METHODS[objective](config, data_frame(targets.eight_gaussians()))
 
@@ -65,6 +77,16 @@ def test_each_objective_fits_the_loop(objective):
     draw = jax.eval_shape(method.sample, jax.random.key(0), state.params)
     assert draw.shape == (2,)
     assert jax.eval_shape(method.data_energy, state.params, jnp.zeros(2)).shape == ()
+
+
+def test_weights_held_by_their_norm_have_no_scale():
+    config = DensityConfig(spectral_bound=2.0, num_frequencies=0, base_scale=0.0, **TINY)
+    method = METHODS["pcd"](config, data_frame(targets.eight_gaussians()))
+    params = method.init(jax.random.key(0))
+    large = jax.tree.map(lambda leaf: 7.0 * leaf if leaf.ndim == 2 else leaf, params)
+    x = jnp.array([0.3, -1.2])
+    energies = [method.data_energy(each, x) for each in (params, large)]
+    np.testing.assert_allclose(energies[0], energies[1], rtol=1e-5)
 
 
 def test_open_settings_follow_the_objective_and_the_data():

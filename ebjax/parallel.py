@@ -2,7 +2,7 @@
 
 Everything below is written for one device, with a collective over ``axis_name`` where it needs the
 others. ``data_parallel`` turns such a step into one compiled program for N devices, and
-``spread`` does the same for work without collectives (chains). Values are either *replicated*
+``spread`` does the same for work that is split at its end (chains). Values are either *replicated*
 (equal on all devices) or *split* along their leading axis.
 
 Two backends give the same numbers:
@@ -187,10 +187,11 @@ def _put(tree: PyTree, mesh: Mesh, spec: PartitionSpec) -> PyTree:
 def spread(
     fn: Callable[[PyTree, PyTree], PyTree], num_devices: int, *, split_axis_out: PyTree = 0
 ) -> Callable[[PyTree, PyTree], PyTree]:
-    """Runs ``fn(replicated, split) -> split`` on several local devices, without collectives.
+    """Runs ``fn(replicated, split) -> split`` on several local devices.
 
     Args:
-      fn: the work of one device. ``split`` has leading axes that ``num_devices`` divides.
+      fn: the work of one device; it may use collectives over ``AXIS_NAME``. ``split`` has leading
+        axes that ``num_devices`` divides.
       num_devices: how many local devices; 1 calls ``fn`` as it is.
       split_axis_out: where the split axis stands in the output, an integer for all of it or a
         prefix of its tree.

@@ -4,7 +4,7 @@ Sequential Monte Carlo is in ``ebjax.samplers.smc``, figures of draws in
 ``ebjax.samplers.diagnostics``.
 """
 
-from ebjax.samplers.adaptation import Warmup, Windows, warmup
+from ebjax.samplers.adaptation import Warmup, warmup
 from ebjax.samplers.adapters import (
     from_blackjax,
     from_distribution,
@@ -39,7 +39,7 @@ from ebjax.samplers.langevin import (
     posterior_energy,
     sgld,
 )
-from ebjax.samplers.mala import MALAInfo, MALAState, mala
+from ebjax.samplers.mala import MALAInfo, mala
 from ebjax.samplers.nuts import nuts
 from ebjax.samplers.path_auxiliary import path_auxiliary
 from ebjax.samplers.random_walk import random_walk
@@ -48,6 +48,7 @@ from ebjax.samplers.run import Reducer, Samples, run_chain, sample
 from ebjax.samplers.tempering import parallel_tempering
 from ebjax.samplers.underdamped import underdamped
 from ebjax.samplers.warmup_and_sample import warmup_and_sample
+from ebjax.samplers.windows import Windows, warmup_windows
 
 __all__ = [
     "Domain",
@@ -55,7 +56,6 @@ __all__ = [
     "LangevinInfo",
     "LangevinState",
     "MALAInfo",
-    "MALAState",
     "Reducer",
     "Samples",
     "TunedLadder",
@@ -104,4 +104,5 @@ __all__ = [
     "underdamped",
     "warmup",
     "warmup_and_sample",
+    "warmup_windows",
 ]

@@ -47,10 +47,10 @@ from ebjax.samplers.welford import (
     welford_init,
     welford_update,
 )
-from ebjax.samplers.windows import MANY_CHAINS, Windows, default_windows, warmup_windows
+from ebjax.samplers.windows import MANY_CHAINS, Windows, default_windows
 from ebjax.types import EnergyFn, Kernel, Params, Position, join_arrays, split_arrays
 
-__all__ = ["METRICS", "Warmup", "WarmupInfo", "Windows", "warmup", "warmup_windows"]
+__all__ = ["METRICS", "Warmup", "WarmupInfo", "warmup"]
 
 METRICS = ("diagonal", "dense", "identity", "variance_ratio")
 # From MANY_CHAINS on their mean acceptance has little noise, and the search for a step size is good
@@ -129,10 +129,9 @@ def warmup(
       num_steps: T, static; 1,000 is the custom for few chains, 50 to 200 do for hundreds.
       target_acceptance: in (0, 1); 0.8 suits HMC and NUTS, 0.57 MALA and discrete Langevin.
       metric: (static) ``"identity"``, where ``make_kernel`` needs to take a ``step_size`` only;
-        ``"diagonal"`` or ``"dense"``, from the covariance of the
-        positions; ``"variance_ratio"``, the diagonal ``sqrt(var x_i / var ∂E/∂x_i)``, known from
-        far fewer draws and exact where components are independent and Gaussian; the kernel's
-        state must have a ``gradient``.
+        ``"diagonal"`` or ``"dense"``, from the covariance of the positions; ``"variance_ratio"``,
+        the diagonal ``sqrt(var x_i / var ∂E/∂x_i)``, known from far fewer draws and exact where
+        components are independent and Gaussian; the kernel's state must have a ``gradient``.
       pooled: (static) whether all chains share one adaptation, or each has its own.
       harmonic: (static) aim with the harmonic mean of the chains' acceptances, and not with the
         arithmetic one: a smaller step size, for laws with places that are hard to leave.

@@ -31,11 +31,7 @@ from ebjax.samplers.langevin import check_positive
 from ebjax.samplers.metric import Metric, kinetic_energy, make_metric, scaled_noise, velocity
 from ebjax.types import EnergyFn, Kernel, Params, bind
 
-__all__ = ["MALAInfo", "MALAState", "mala"]
-
-
-# The state of HMC and NUTS as well.
-MALAState = GradientState
+__all__ = ["MALAInfo", "mala"]
 
 
 class MALAInfo(NamedTuple):

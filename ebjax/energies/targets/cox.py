@@ -157,7 +157,7 @@ def _nearest_gaussian(root: np.ndarray, y: np.ndarray, *, max_steps: int = 100) 
             step *= 0.5
         previous, variance = variance, np.square(factor).sum(axis=1)
         w = w + step * direction
-        if max(np.abs(direction).max(), np.abs(variance - previous).max()) < 1e-10:
+        if max(np.abs(direction).max(), np.abs(variance - previous).max()) < 1e-8:
             break
     else:
         raise ValueError(f"No nearest Gaussian was found in {max_steps} steps.")

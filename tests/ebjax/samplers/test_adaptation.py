@@ -9,10 +9,11 @@ import pytest
 
 from ebjax.energies import targets
 from ebjax.samplers import adaptation, dual_averaging, sample, welford
-from ebjax.samplers.adaptation import warmup, warmup_windows
+from ebjax.samplers.adaptation import warmup
 from ebjax.samplers.discrete_langevin import discrete_langevin
 from ebjax.samplers.hmc import hmc
 from ebjax.samplers.mala import mala
+from ebjax.samplers.windows import default_windows, warmup_windows
 from ebjax.types import bind
 
 # Running moments
@@ -157,7 +158,7 @@ def test_windows_of_stan():
 
 @pytest.mark.parametrize("num_steps", [1, 19, 20, 35, 149, 150, 151, 333, 2_000])
 def test_windows_tile_the_slow_stretch(num_steps):
-    for windows in (warmup_windows(num_steps), adaptation.default_windows(num_steps, 100)):
+    for windows in (warmup_windows(num_steps), default_windows(num_steps, 100)):
         slow = np.flatnonzero(windows.is_slow)
         assert windows.is_start[0]
         if num_steps < 20:

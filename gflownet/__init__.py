@@ -1,8 +1,8 @@
 """GFlowNets in JAX: environments, policies, objectives, rollouts and their exact laws."""
 
-from gflownet import environments, exact, objectives, policies
+from gflownet import conditional, environments, exact, objectives, policies, sampling
 from gflownet.distributions import MaskedCategorical
-from gflownet.rollout import Scores, backward_rollout, forward_rollout, score
+from gflownet.rollout import Scores, at_states, backward_rollout, forward_rollout, score
 from gflownet.types import Environment, Policy, PolicyOutput, Trajectories
 
 __all__ = [
@@ -12,11 +12,14 @@ __all__ = [
     "PolicyOutput",
     "Scores",
     "Trajectories",
+    "at_states",
     "backward_rollout",
+    "conditional",
     "environments",
     "exact",
     "forward_rollout",
     "objectives",
     "policies",
+    "sampling",
     "score",
 ]

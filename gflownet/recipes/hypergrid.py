@@ -1,38 +1,56 @@
-"""A GFlowNet on the hypergrid, trained by trajectory balance and judged by its exact law."""
+"""A GFlowNet on the hypergrid, trained by any objective and judged by its exact law.
+
+One config chooses the objective; settings that are left at -1 follow it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from ebjax.training import (
-    TrainingConfig,
-    adam,
-    by_group,
-    check_at_least,
-    check_between,
-    learning_rate_schedule,
-    setting,
-)
+from ebjax.training import TrainingConfig, check_at_least, check_between, setting
 from ebjax.types import Recipe, Run, Source, TrainState
 from gflownet import exact
-from gflownet.environments import hypergrid
-from gflownet.objectives import trajectory_balance
-from gflownet.policies import mlp_policy
+from gflownet.environments import HypergridState, hypergrid
+from gflownet.objectives.subtrajectory_balance import NORMALIZATIONS
+from gflownet.recipes.hypergrid_objectives import LEARNERS, RESIDUAL_LOSSES
 from gflownet.rollout import forward_rollout
+from gflownet.types import Environment
 
 __all__ = ["HypergridConfig", "recipe"]
+
+_COMMON: dict[str, Any] = {
+    "epsilon": 0.1,
+    "target_rate": 0.0,
+    "terminal_weight": 1.0,
+    "munchausen": 0.0,
+}
+# What each objective changes of that.
+_OWN: dict[str, dict[str, Any]] = {
+    "soft_dqn": {"target_rate": 0.25, "terminal_weight": 5.0},
+    "munchausen": {"target_rate": 0.25, "terminal_weight": 5.0, "munchausen": 0.15},
+    "tlm": {"target_rate": 0.25},
+    # An expectation under the policy itself, and one under the target.
+    "reverse_kl": {"epsilon": 0.0},
+    "forward_kl": {"epsilon": 0.0},
+}
+# Objectives that do not teach P_B, which would otherwise drift with the shared trunk.
+_UNIFORM = ("fm", "mdb", "soft_dqn", "munchausen", "forward_kl")
+_HUBER = ("mdb", "soft_dqn", "munchausen")
+_NEEDS_TARGET = ("tlm",)
+_MAY_HAVE_TARGET = ("mdb", "soft_dqn", "munchausen", "tlm")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HypergridConfig(TrainingConfig):
-    """Settings of the hypergrid run."""
+    """Settings of the hypergrid run; -1 and 'auto' follow the objective."""
 
+    objective: str = setting("tb", f"how the flow is learned: {', '.join(LEARNERS)}")
     num_steps: int = setting(1000, "updates in all; may be raised later to go on with a run")
     batch_size: int = setting(16, "trajectories of one update, over all devices")
     log_every: int = setting(50, "steps between lines of metrics.jsonl")
@@ -46,7 +64,9 @@ class HypergridConfig(TrainingConfig):
     reward_outer: float = setting(0.5, "R1, added far from the middle")
     reward_ring: float = setting(2.0, "R2, added in the modes")
     hidden_features: tuple[int, ...] = setting((256, 256), "widths of the policy's hidden layers")
-    backward_policy: str = setting("learned", "P_B: 'learned' on the shared trunk, or 'uniform'")
+    backward_policy: str = setting(
+        "auto", "P_B: 'learned' on the shared trunk, 'uniform', or 'auto': as the objective needs"
+    )
     learning_rate: float = setting(1e-3, "learning rate of the policy (Adam)")
     learning_rate_decay_steps: int = setting(
         -1, "step at which the cosine decay ends; -1: num_steps, 0: no decay", follows="num_steps"
@@ -54,28 +74,91 @@ class HypergridConfig(TrainingConfig):
     log_z_learning_rate: float = setting(
         0.1, "learning rate of log Z, about 100 times the policy's"
     )
-    epsilon: float = setting(0.1, "share of uniform exploration at the start")
+    epsilon: float = setting(-1.0, "share of uniform exploration at the start", follows="objective")
     epsilon_decay_steps: int = setting(500, "steps over which exploration falls to 0; 0 keeps it")
     chunk_size: int = setting(128, "states evaluated at a time in the gradient pass")
+    residual_loss: str = setting(
+        "auto", f"loss of a residual: {', '.join(RESIDUAL_LOSSES)}, or 'auto'"
+    )
+    subtrajectory_decay: float = setting(0.9, "subtb, flsubtb: lambda")
+    subtrajectory_normalize: str = setting(
+        "trajectory", f"subtb, flsubtb: what weights are divided by: {', '.join(NORMALIZATIONS)}"
+    )
+    path_depth: int = setting(5, "pcl: steps of a window")
+    flow_floor: float = setting(0.0, "fm: flow added to both sides of a state")
+    terminal_weight: float = setting(
+        -1.0, "fm, soft_dqn, munchausen: weight of last transitions", follows="objective"
+    )
+    munchausen: float = setting(
+        -1.0, "munchausen: share of the policy's own log-probability", follows="objective"
+    )
+    target_rate: float = setting(
+        -1.0,
+        "mdb, soft_dqn, munchausen, tlm: how fast a target network follows; 0: none",
+        follows="objective",
+    )
+    potential_dropout: float = setting(0.1, "led: chance that a step is left out of the fit")
+    potential_learning_rate: float = setting(1e-3, "led: learning rate of the potential")
 
     def __post_init__(self) -> None:
-        """Checks types and ranges."""
+        """Fills in what follows the objective, then checks types and ranges."""
+        if self.objective not in LEARNERS:
+            raise ValueError(
+                f"objective is {self.objective!r}; it must be one of {', '.join(LEARNERS)}."
+            )
+        own = {**_COMMON, **_OWN.get(self.objective, {})}
+        for name, value in own.items():
+            if getattr(self, name) == -1:
+                object.__setattr__(self, name, value)
+        if self.backward_policy == "auto":
+            kind = "uniform" if self.objective in _UNIFORM else "learned"
+            object.__setattr__(self, "backward_policy", kind)
+        if self.residual_loss == "auto":
+            kind = "huber" if self.objective in _HUBER else "squared"
+            object.__setattr__(self, "residual_loss", kind)
         super().__post_init__()
-        check_at_least(self, 1, "dim", "chunk_size")
+        check_at_least(self, 1, "dim", "chunk_size", "path_depth")
         check_at_least(self, 2, "side")
         check_at_least(self, 0, "reward_outer", "reward_ring", "learning_rate")
         check_at_least(self, 0, "learning_rate_decay_steps", "log_z_learning_rate")
-        check_at_least(self, 0, "epsilon_decay_steps")
-        check_between(self, 0, 1, "epsilon")
+        check_at_least(self, 0, "epsilon_decay_steps", "flow_floor", "potential_learning_rate")
+        check_at_least(self, 1e-6, "terminal_weight")
+        check_between(self, 0, 1, "epsilon", "target_rate")
+        check_between(self, 0, 0.999999, "munchausen", "potential_dropout")
+        if not self.subtrajectory_decay >= 0:
+            raise ValueError(
+                f"subtrajectory_decay is {self.subtrajectory_decay}; it must be at least 0."
+            )
+        for name, known in (
+            ("backward_policy", ("learned", "uniform")),
+            ("residual_loss", tuple(RESIDUAL_LOSSES)),
+            ("subtrajectory_normalize", NORMALIZATIONS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}."
+                )
+        self._check_objective()
         if not self.reward_floor > 0:
             raise ValueError(f"reward_floor is {self.reward_floor}; it must be positive.")
-        if self.backward_policy not in ("learned", "uniform"):
-            raise ValueError(
-                f"backward_policy is {self.backward_policy!r}; it must be 'learned' or 'uniform'."
-            )
         if not self.hidden_features or min(self.hidden_features) < 1:
             raise ValueError(
                 f"hidden_features is {self.hidden_features}; give at least one positive width."
+            )
+
+    def _check_objective(self) -> None:
+        """What an objective cannot do without, or with."""
+        objective = f"with objective {self.objective!r}"
+        if self.objective in ("reverse_kl", "forward_kl") and self.epsilon:
+            raise ValueError(f"epsilon is {self.epsilon}; {objective} it must be 0.")
+        if self.objective not in _MAY_HAVE_TARGET and self.target_rate:
+            raise ValueError(f"target_rate is {self.target_rate}; {objective} it must be 0.")
+        if self.objective in _NEEDS_TARGET and not self.target_rate:
+            raise ValueError(f"target_rate is {self.target_rate}; {objective} it must be positive.")
+        if self.objective in _UNIFORM and self.backward_policy != "uniform":
+            raise ValueError(
+                f"backward_policy is {self.backward_policy!r}; {objective}, which does not teach "
+                "it, it must be 'uniform'."
             )
 
 
@@ -88,19 +171,8 @@ def build(config: HypergridConfig) -> Run:
         reward_outer=config.reward_outer,
         reward_ring=config.reward_ring,
     )
-    policy = mlp_policy(
-        environment.num_actions, config.hidden_features, backward=config.backward_policy
-    )
-    epsilon = optax.constant_schedule(config.epsilon)
-    if config.epsilon_decay_steps:
-        epsilon = optax.linear_schedule(config.epsilon, 0.0, config.epsilon_decay_steps)
-    objective = trajectory_balance(
-        environment, policy, epsilon=epsilon, chunk_size=config.chunk_size
-    )
-
-    def rate(peak):
-        return learning_rate_schedule(peak, decay_steps=config.learning_rate_decay_steps)
-
+    learner = LEARNERS[config.objective](config, environment)
+    policy = learner.policy
     is_enumerable = environment.enumerate is not None
     assert environment.log_z is not None
     exact_log_z = environment.log_z
@@ -108,10 +180,6 @@ def build(config: HypergridConfig) -> Run:
     @functools.cache
     def tables() -> exact.Graph:
         return exact.enumerate_graph(environment)
-
-    def init(key):
-        observation = environment.observe(environment.initial(key))
-        return {"policy": policy.init(key, observation), "log_z": jnp.zeros(())}
 
     draw = jax.jit(
         lambda key, params, num: forward_rollout(
@@ -121,7 +189,7 @@ def build(config: HypergridConfig) -> Run:
     )
 
     def sample(key, state: TrainState, num_samples: int):
-        trajectories = draw(key, state.ema["policy"], num_samples)
+        trajectories = draw(key, learner.policy_params(state.ema), num_samples)
         return {
             "positions": np.asarray(trajectories.terminal.position),
             "log_rewards": np.asarray(trajectories.log_reward),
@@ -129,19 +197,19 @@ def build(config: HypergridConfig) -> Run:
         }
 
     def laws(state: TrainState):
-        learned = exact.terminal_distribution(environment, policy, state.ema["policy"], tables())
+        params = learner.policy_params(state.ema)
+        learned = exact.terminal_distribution(environment, policy, params, tables())
         target, log_z = exact.target_distribution(environment, tables())
         return np.asarray(learned), target, log_z
 
     def monitor(key, state: TrainState):
-        del key
         if not is_enumerable:
-            return {"log_z_error": abs(float(state.ema["log_z"]) - exact_log_z)}
+            return {"log_z_error": abs(float(learner.log_z(key, state.ema)) - exact_log_z)}
         learned, target, _ = laws(state)
         return {"total_variation": exact.total_variation(learned, target)}
 
     def evaluate(key, state: TrainState):
-        log_z = float(state.ema["log_z"])
+        log_z = float(learner.log_z(key, state.ema))
         draws = sample(key, state, 2000)
         figures_ = {
             "log_z": log_z,
@@ -167,7 +235,6 @@ def build(config: HypergridConfig) -> Run:
     def figures(key, state: TrainState, samples):
         from gflownet.figures import grid_distributions
 
-        del key
         if config.dim < 2:
             return {}
         empirical = _empirical(samples["positions"], config.side)
@@ -178,7 +245,7 @@ def build(config: HypergridConfig) -> Run:
             panels = {"target R(x) / Z": target, "learned, exact": learned, **panels}
             subtitle = (
                 f"total variation {exact.total_variation(learned, target):.4f},  "
-                f"learned log Z {float(state.ema['log_z']):.4f},  exact {log_z:.4f}"
+                f"learned log Z {float(learner.log_z(key, state.ema)):.4f},  exact {log_z:.4f}"
             )
         shape = (config.side,) * config.dim
         # Cells are numbered with the first coordinate fastest.
@@ -191,22 +258,40 @@ def build(config: HypergridConfig) -> Run:
         return {"distributions": grid_distributions(marginals, subtitle=subtitle)}
 
     return Run(
-        init=init,
-        objective=objective,
-        optimizer=by_group(
-            {
-                "policy": adam(rate(config.learning_rate)),
-                "log_z": adam(rate(config.log_z_learning_rate)),
-            }
-        ),
-        source=Source((), lambda arrays, key, position: position),
+        init=learner.init,
+        objective=learner.objective,
+        optimizer=learner.optimizer,
+        source=_source(config, environment),
         sample=sample,
         evaluate=evaluate,
         figures=figures,
         monitor=monitor,
         monitor_name="total_variation" if is_enumerable else "log_z_error",
-        progress=("loss", "log_z", "log_reward", "trajectory_length"),
+        progress=("loss", learner.progress, "log_reward", "trajectory_length"),
     )
+
+
+def _source(config: HypergridConfig, environment: Environment) -> Source:
+    """Nothing to learn from but the reward, or exact draws of the target."""
+    if config.objective != "forward_kl":
+        return Source((), lambda arrays, key, position: position)
+    if environment.enumerate is None:
+        raise ValueError(
+            f"side is {config.side} and dim {config.dim}; objective 'forward_kl' learns from exact "
+            "draws of the target, and that many cells are not enumerated."
+        )
+    states = jax.tree.map(lambda leaf: leaf[config.side**config.dim :], environment.enumerate())
+    log_reward = jax.vmap(environment.log_reward, (None, 0))((), states)
+    cumulative = np.cumsum(np.exp(np.asarray(log_reward, np.float64)))
+
+    def example(arrays, key, position):
+        cumulative, positions = arrays
+        threshold = jax.random.uniform(jax.random.fold_in(key, position))
+        cell = jnp.searchsorted(cumulative, threshold, side="right")
+        return HypergridState(positions[jnp.minimum(cell, len(cumulative) - 1)], jnp.array(True))
+
+    shares = (cumulative / cumulative[-1]).astype(np.float32)
+    return Source((shares, states.position), example)
 
 
 def _empirical(positions: np.ndarray, side: int) -> np.ndarray:

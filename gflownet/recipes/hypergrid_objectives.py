@@ -1,0 +1,380 @@
+"""Objectives of the hypergrid run: each with its parameters, optimizers and estimate of log Z.
+
+All policies are one network, with a head for log F where the objective learns one. Exceptions:
+``tlm`` learns P_B by a network of its own, and ``led`` a potential beside the policy.
+
+Every cell of the grid may stop, so that an energy of all states is -log R as if they did; this is
+what the forward-looking objectives use.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ebjax.energies import mlp_energy
+from ebjax.parallel import AXIS_NAME
+from ebjax.training import adam, by_group, learning_rate_schedule
+from ebjax.types import Objective, Params
+from gflownet import objectives
+from gflownet.objectives.target_network import with_target
+from gflownet.policies import mlp_policy, separate_backward
+from gflownet.rollout import forward_rollout
+from gflownet.types import Environment, Policy
+
+__all__ = ["LEARNERS", "RESIDUAL_LOSSES", "Learner"]
+
+RESIDUAL_LOSSES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "squared": objectives.squared,
+    "huber": objectives.huber(),
+    "log_cosh": objectives.log_cosh,
+    "shifted_cosh": objectives.shifted_cosh,
+    "linex": objectives.linex(),
+}
+_NUM_DRAWS = 1000
+
+
+class Learner(NamedTuple):
+    """A way to learn the flow.
+
+    Attributes:
+      init: ``key -> params``.
+      policy: for ``policy_params(params)``.
+      policy_params: ``params -> parameters of the policy``.
+      objective: what is minimised.
+      optimizer: how.
+      log_z: ``(key, params) -> []``, what was learned of log Z, or an estimate from samples.
+      progress: the metric of log Z that a person watches.
+    """
+
+    init: Callable[[jax.Array], Params]
+    policy: Policy
+    policy_params: Callable[[Params], Params]
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    log_z: Callable[[jax.Array, Params], jax.Array]
+    progress: str = "log_z"
+
+
+def _rate(config: Any, peak: float) -> optax.Schedule:
+    return learning_rate_schedule(peak, decay_steps=config.learning_rate_decay_steps)
+
+
+def _epsilon(config: Any) -> optax.Schedule:
+    if config.epsilon_decay_steps:
+        return optax.linear_schedule(config.epsilon, 0.0, config.epsilon_decay_steps)
+    return optax.constant_schedule(config.epsilon)
+
+
+def _policy(config: Any, environment: Environment, *, with_flow: bool) -> Policy:
+    return mlp_policy(
+        environment.num_actions,
+        config.hidden_features,
+        backward=config.backward_policy,
+        with_flow=with_flow,
+    )
+
+
+def _at_source(environment: Environment, policy: Policy, params: Params):
+    """What the policy says of the source."""
+    source = environment.initial(jax.random.key(0))
+    return policy.apply(
+        params,
+        environment.observe(source),
+        environment.forward_mask(source),
+        environment.backward_mask(source),
+    )
+
+
+def _from_flow(environment: Environment, policy: Policy):
+    """log Z is log F of the source."""
+    return lambda key, params: _at_source(environment, policy, params["policy"]).log_flow
+
+
+def _from_stop(environment: Environment, policy: Policy):
+    """Z P_F(stop | s0) = R(s0)."""
+    stop = environment.stop_action
+
+    def log_z(key, params):
+        source = environment.initial(key)
+        log_reward = environment.log_reward((), environment.step(source, stop))
+        output = _at_source(environment, policy, params["policy"])
+        return log_reward - output.forward.log_prob(stop)
+
+    return log_z
+
+
+def _from_samples(environment: Environment, policy: Policy):
+    """Importance weights of trajectories: the log of their mean R P_B / P_F."""
+
+    @jax.jit
+    def log_z(key, params):
+        keys = jax.random.split(key, _NUM_DRAWS)
+        t = forward_rollout(keys, environment, policy, params["policy"])
+        log_weight = t.log_reward + jnp.sum(t.log_pb - t.log_pf, axis=0)
+        return jax.nn.logsumexp(log_weight) - jnp.log(_NUM_DRAWS)
+
+    return log_z
+
+
+def _own_log_z(environment: Environment, policy: Policy):
+    del environment, policy
+    return lambda key, params: params["log_z"]
+
+
+def _learner(
+    build: Callable[[Any, Environment, Policy, dict[str, Any]], Objective],
+    *,
+    with_flow: bool = False,
+    log_z: Callable[[Environment, Policy], Any] = _from_flow,
+    extra: Callable[[Any, Environment, jax.Array], dict[str, Params]] | None = None,
+    progress: str = "log_z",
+):
+    """A learner of one network, with further entries of ``params`` from ``extra``."""
+
+    def learner(config: Any, environment: Environment) -> Learner:
+        policy = _policy(config, environment, with_flow=with_flow)
+        options = {"epsilon": _epsilon(config), "chunk_size": config.chunk_size}
+        groups = {
+            "policy": adam(_rate(config, config.learning_rate)),
+            "log_z": adam(_rate(config, config.log_z_learning_rate)),
+            "potential": adam(_rate(config, config.potential_learning_rate)),
+        }
+
+        def init(key):
+            observation = environment.observe(environment.initial(key))
+            params = {"policy": policy.init(key, observation)}
+            if extra is not None:
+                params |= extra(config, environment, jax.random.fold_in(key, 1))
+            if config.target_rate:
+                params["target"] = params["policy"]
+            return params
+
+        names = [name for name in jax.eval_shape(init, jax.random.key(0)) if name != "target"]
+        optimizer = by_group({name: groups[name] for name in names})
+        if config.target_rate:
+            optimizer = with_target(optimizer, rate=config.target_rate)
+        return Learner(
+            init,
+            policy,
+            lambda params: params["policy"],
+            build(config, environment, policy, options),
+            optimizer,
+            log_z(environment, policy),
+            progress,
+        )
+
+    return learner
+
+
+def _zero_log_z(config: Any, environment: Environment, key: jax.Array) -> dict[str, Params]:
+    del config, environment, key
+    return {"log_z": jnp.zeros(())}
+
+
+def _loss(config: Any) -> Callable[[jax.Array], jax.Array]:
+    return RESIDUAL_LOSSES[config.residual_loss]
+
+
+def _trajectory_balance(config, environment, policy, options):
+    return objectives.trajectory_balance(
+        environment, policy, residual_loss=_loss(config), **options
+    )
+
+
+def _log_partition_variance(config, environment, policy, options):
+    return objectives.log_partition_variance(
+        environment, policy, residual_loss=_loss(config), axis_name=AXIS_NAME, **options
+    )
+
+
+def _detailed_balance(config, environment, policy, options):
+    return objectives.detailed_balance(
+        environment, policy, residual_loss=_loss(config), axis_name=AXIS_NAME, **options
+    )
+
+
+def _subtrajectory_balance(config, environment, policy, options):
+    return objectives.subtrajectory_balance(
+        environment,
+        policy,
+        decay=config.subtrajectory_decay,
+        normalize=config.subtrajectory_normalize,
+        residual_loss=_loss(config),
+        axis_name=AXIS_NAME,
+        **options,
+    )
+
+
+def _with_energy(build):
+    """The same objective on states with an energy, as if they stopped."""
+
+    def build_with_energy(config, environment, policy, options):
+        energy_fn = lambda params, state: -environment.log_reward(params, state)  # noqa: E731
+        environment = environment._replace(intermediate_energy=energy_fn)
+        flow_fn = objectives.forward_looking(environment, chunk_size=config.chunk_size)
+        return build(config, environment, policy, {**options, "flow_fn": flow_fn})
+
+    return build_with_energy
+
+
+def _from_forward_looking_flow(environment: Environment, policy: Policy):
+    """log F = log F̃ + log R at the source."""
+    log_flow = _from_flow(environment, policy)
+
+    def log_z(key, params):
+        return log_flow(key, params) + environment.log_reward((), environment.initial(key))
+
+    return log_z
+
+
+def _flow_matching(config, environment, policy, options):
+    return objectives.flow_matching(
+        environment,
+        policy,
+        floor=config.flow_floor,
+        terminal_weight=config.terminal_weight,
+        residual_loss=_loss(config),
+        axis_name=AXIS_NAME,
+        **options,
+    )
+
+
+def _modified_detailed_balance(config, environment, policy, options):
+    return objectives.modified_detailed_balance(
+        environment,
+        policy,
+        has_target=config.target_rate > 0,
+        residual_loss=_loss(config),
+        axis_name=AXIS_NAME,
+        **options,
+    )
+
+
+def _soft_q_learning(config, environment, policy, options):
+    return objectives.soft_q_learning(
+        environment,
+        policy,
+        munchausen=config.munchausen,
+        terminal_weight=config.terminal_weight,
+        has_target=config.target_rate > 0,
+        residual_loss=_loss(config),
+        axis_name=AXIS_NAME,
+        **options,
+    )
+
+
+def _path_consistency(config, environment, policy, options):
+    return objectives.path_consistency(
+        environment,
+        policy,
+        depth=config.path_depth,
+        residual_loss=_loss(config),
+        axis_name=AXIS_NAME,
+        **options,
+    )
+
+
+def _reverse_kullback_leibler(config, environment, policy, options):
+    return objectives.reverse_kullback_leibler(
+        environment, policy, chunk_size=options["chunk_size"]
+    )
+
+
+def _forward_kullback_leibler(config, environment, policy, options):
+    return objectives.forward_kullback_leibler(
+        environment, policy, chunk_size=options["chunk_size"]
+    )
+
+
+def _potential(config: Any):
+    return mlp_energy(config.hidden_features)
+
+
+def _potential_params(config: Any, environment: Environment, key: jax.Array) -> dict[str, Params]:
+    observation = environment.observe(environment.initial(key))
+    pair = jnp.concatenate([observation, observation])
+    return {"potential": _potential(config).init(key, pair)}
+
+
+def _learned_energy_decomposition(config, environment, policy, options):
+    network = _potential(config)
+    return objectives.learned_energy_decomposition(
+        environment,
+        policy,
+        lambda params, pair: network.apply(params, jnp.concatenate(pair)),
+        dropout=config.potential_dropout,
+        residual_loss=_loss(config),
+        axis_name=AXIS_NAME,
+        **options,
+    )
+
+
+def _trajectory_likelihood(config: Any, environment: Environment) -> Learner:
+    """Trajectory balance with P_B by likelihood, uniform at first and ever slower."""
+    forward = mlp_policy(environment.num_actions, config.hidden_features, backward="uniform")
+    backward = mlp_policy(environment.num_actions, config.hidden_features)
+    policy = separate_backward(forward, backward)
+    last_layer = f"Dense_{len(config.hidden_features)}"
+
+    def init(key):
+        own = policy.init(key, environment.observe(environment.initial(key)))
+        zeros = jax.tree.map(jnp.zeros_like, own["backward"][last_layer])
+        own["backward"] = {**own["backward"], last_layer: zeros}
+        return {"policy": own, "log_z": jnp.zeros(()), "target": own}
+
+    backward_rate = optax.exponential_decay(config.learning_rate, 1, 0.999)
+    optimizer = by_group(
+        {
+            "policy": by_group(
+                {
+                    "forward": adam(_rate(config, config.learning_rate)),
+                    "backward": adam(backward_rate),
+                }
+            ),
+            "log_z": adam(_rate(config, config.log_z_learning_rate)),
+        }
+    )
+    objective = objectives.trajectory_likelihood(
+        environment,
+        policy,
+        functools.partial(objectives.trajectory_balance, residual_loss=_loss(config)),
+        epsilon=_epsilon(config),
+        chunk_size=config.chunk_size,
+    )
+    return Learner(
+        init,
+        policy,
+        lambda params: params["policy"],
+        objective,
+        with_target(optimizer, rate=config.target_rate),
+        _own_log_z(environment, policy),
+    )
+
+
+LEARNERS: dict[str, Callable[[Any, Environment], Learner]] = {
+    "tb": _learner(_trajectory_balance, log_z=_own_log_z, extra=_zero_log_z),
+    "vargrad": _learner(_log_partition_variance, log_z=_from_samples),
+    "db": _learner(_detailed_balance, with_flow=True),
+    "subtb": _learner(_subtrajectory_balance, with_flow=True),
+    "fm": _learner(_flow_matching, with_flow=True),
+    "mdb": _learner(_modified_detailed_balance, log_z=_from_stop),
+    "fldb": _learner(
+        _with_energy(_detailed_balance), with_flow=True, log_z=_from_forward_looking_flow
+    ),
+    "flsubtb": _learner(
+        _with_energy(_subtrajectory_balance), with_flow=True, log_z=_from_forward_looking_flow
+    ),
+    "led": _learner(_learned_energy_decomposition, with_flow=True, extra=_potential_params),
+    "soft_dqn": _learner(_soft_q_learning, with_flow=True),
+    "munchausen": _learner(_soft_q_learning, with_flow=True),
+    "pcl": _learner(_path_consistency, with_flow=True),
+    "tlm": _trajectory_likelihood,
+    "reverse_kl": _learner(_reverse_kullback_leibler, log_z=_from_samples, progress="elbo"),
+    "forward_kl": _learner(_forward_kullback_leibler, log_z=_from_samples, progress="eubo"),
+}

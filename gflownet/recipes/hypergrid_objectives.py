@@ -328,17 +328,21 @@ def _trajectory_likelihood(config: Any, environment: Environment) -> Learner:
         own["backward"] = {**own["backward"], last_layer: zeros}
         return {"policy": own, "log_z": jnp.zeros(()), "target": own}
 
-    backward_rate = optax.exponential_decay(config.learning_rate, 1, 0.999)
-    optimizer = by_group(
-        {
-            "policy": by_group(
-                {
-                    "forward": adam(_rate(config, config.learning_rate)),
-                    "backward": adam(backward_rate),
-                }
-            ),
-            "log_z": adam(_rate(config, config.log_z_learning_rate)),
+    def labels(params):
+        own = {
+            name: jax.tree.map(lambda _, name=name: name, tree)
+            for name, tree in params["policy"].items()
         }
+        return {"policy": own, "log_z": "log_z"}
+
+    backward_rate = optax.exponential_decay(config.learning_rate, 1, 0.999)
+    optimizer = optax.multi_transform(
+        {
+            "forward": adam(_rate(config, config.learning_rate)),
+            "backward": adam(backward_rate),
+            "log_z": adam(_rate(config, config.log_z_learning_rate)),
+        },
+        labels,
     )
     objective = objectives.trajectory_likelihood(
         environment,

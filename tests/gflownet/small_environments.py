@@ -206,6 +206,44 @@ def exact_tables(environment: Environment, backward: str) -> tuple[dict, float]:
     return jax.tree.map(jnp.asarray, tables), log_z
 
 
+def state_energies(environment: Environment) -> np.ndarray:
+    """[S] an energy of every state: 0 at the source, -log R at terminal states, else anything.
+
+    Where there is a stop, a state has the energy with which it would stop.
+    """
+    tables = tabulate.__wrapped__(environment)
+    inner = np.random.default_rng(5).standard_normal(len(tables.log_reward))
+    if environment.stop_action is not None:
+        inner = -tables.log_reward
+    energies = np.where(tables.is_terminal, -tables.log_reward, inner)
+    energies[tables.source] = 0.0
+    return energies
+
+
+def exact_posterior(environment: Environment, inverse_temperature: float):
+    """A random prior policy, log P_F of its posterior under R^β, and the log of its mean R^β.
+
+    With h(s) the prior's mean of R^β over what follows s, the posterior is P_prior h(s') / h(s).
+    """
+    tables = tabulate.__wrapped__(environment)
+    prior = random_tables(environment, 3)
+    log_prior = masked_log_softmax(np.asarray(prior["forward"]), tables.forward)
+
+    @functools.cache
+    def log_mean(state: int) -> float:
+        if tables.is_terminal[state]:
+            return inverse_temperature * float(tables.log_reward[state])
+        actions = np.flatnonzero(tables.forward[state])
+        terms = [log_prior[state, a] + log_mean(tables.children[state, a]) for a in actions]
+        return float(np.logaddexp.reduce(terms))
+
+    forward = np.zeros(log_prior.shape)
+    for state, action in zip(*np.nonzero(tables.forward), strict=True):
+        ahead = log_mean(tables.children[state, action])
+        forward[state, action] = log_prior[state, action] + ahead - log_mean(state)
+    return prior, jnp.asarray(forward), log_mean(tables.source)
+
+
 def plain_scores(
     environment,
     policy,

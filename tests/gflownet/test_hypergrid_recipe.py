@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import jax
 import pytest
 
 from ebjax.training import train
 from gflownet.environments import hypergrid
 from gflownet.recipes.hypergrid import HypergridConfig, build, recipe
+from gflownet.recipes.hypergrid_objectives import LEARNERS
 
 
 def run(seed, **options):
@@ -54,3 +56,68 @@ def test_slow_log_z_does_not_learn():
     # The planted bug of the field: log Z at the learning rate of the policy.
     outcome = run(0, log_z_learning_rate=1e-3)
     assert outcome["total_variation"] > 0.1
+
+
+def variation(seed=0, **options):
+    """Exact total variation at the start and after training, and the error of log Z."""
+    config = HypergridConfig(seed=seed, checkpoint_every=10**6, log_every=10**6, **options)
+    made = build(config)
+    state = train(made, config).state
+    fresh = state._replace(ema=made.init(jax.random.key(seed)))
+    figures = [made.monitor(jax.random.key(0), each) for each in (fresh, state)]
+    merit = made.evaluate(jax.random.key(0), state)
+    return *(each["total_variation"] for each in figures), merit["log_z_error"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", LEARNERS)
+def test_objectives_learn(objective):
+    _, after, log_z_error = variation(objective=objective)
+    assert after < 0.01
+    assert log_z_error < 0.05
+
+
+# Those whose parameters are more than a policy and log Z; the others differ in one function.
+@pytest.mark.parametrize("objective", ["led", "tlm", "munchausen", "forward_kl", "flsubtb"])
+def test_objectives_improve(objective):
+    before, after, _ = variation(
+        objective=objective,
+        side=4,
+        num_steps=250,
+        hidden_features=(32,),
+        learning_rate=5e-3,
+        epsilon_decay_steps=100,
+        reward_floor=0.1,
+    )
+    assert after < 0.5 * before, (before, after)
+
+
+def test_settings_follow_the_objective():
+    plain, soft = HypergridConfig(), HypergridConfig(objective="munchausen")
+    assert (plain.backward_policy, plain.residual_loss) == ("learned", "squared")
+    assert (plain.epsilon, plain.target_rate) == (0.1, 0.0)
+    assert (soft.backward_policy, soft.residual_loss) == ("uniform", "huber")
+    assert (soft.target_rate, soft.munchausen, soft.terminal_weight) == (0.25, 0.15, 5.0)
+    assert HypergridConfig(objective="reverse_kl").epsilon == 0.0
+    assert HypergridConfig(objective="mdb", target_rate=0.1).target_rate == 0.1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"objective": "ppo"},
+        {"objective": "reverse_kl", "epsilon": 0.1},
+        {"objective": "soft_dqn", "backward_policy": "learned"},
+        {"objective": "tlm", "target_rate": 0.0},
+        {"objective": "db", "target_rate": 0.1},
+        {"residual_loss": "absolute"},
+        {"subtrajectory_normalize": "within"},
+        {"subtrajectory_decay": -0.5},
+        {"path_depth": 0},
+        {"potential_dropout": 1.0},
+    ],
+)
+def test_settings_that_are_refused(options):
+    name, value = list(options.items())[-1]
+    with pytest.raises(ValueError, match=f"{name} is {value!r}"):
+        HypergridConfig(**options)

@@ -2,14 +2,17 @@
 drew the trajectories; planted bugs are not.
 
 The flow is exact by dynamic programming, for a uniform and for a random backward policy. A new
-objective is one row of ``OBJECTIVES``.
+objective is one row of ``OBJECTIVES``. Those whose loss is an expectation, and not zero at the flow
+(the Kullback-Leibler divergences, trajectory likelihood), are tested in files of their own.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +23,25 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "gflownet"))
 
 from small_environments import (
     SMALL,
+    exact_posterior,
     exact_tables,
     masked_log_softmax,
     plain_scores,
+    state_energies,
     tabular,
     tabulate,
 )
 
-from gflownet import backward_rollout, exact, forward_rollout, score
-from gflownet.objectives import trajectory_balance, trajectory_balance_residual
+from gflownet import backward_rollout, exact, forward_rollout, objectives, score
+from gflownet.objectives import (
+    detailed_balance_residuals,
+    subtrajectory_residuals,
+    terminal_flow,
+    trajectory_balance,
+    trajectory_balance_residual,
+)
+from gflownet.policies import tabular_policy
+from gflownet.sampling import forward_sampler, given_trajectories
 
 BACKWARD = ("uniform", "random")
 NUM = 64
@@ -41,11 +54,121 @@ def balance(log_z, log_pf, log_pb, trajectories):
     )
 
 
-# An objective is ``(environment, policy, epsilon) -> Objective``; its params as given here.
+class Row(NamedTuple):
+    """An objective of the suite.
+
+    Attributes:
+      build: ``(environment, policy, sampler, axis_name) -> Objective``; the environment has an
+        energy of every state.
+      params: ``(environment, exact tables, log Z) -> params`` at the exact flow.
+      needs_stop: whether it is for graphs with a stop action.
+    """
+
+    build: Callable[..., Any]
+    params: Callable[..., Any]
+    needs_stop: bool = False
+
+
+def only_policy(environment, tables, log_z):
+    return {"policy": tables}
+
+
+def with_log_z(environment, tables, log_z):
+    return {"policy": tables, "log_z": log_z}
+
+
+def with_target(environment, tables, log_z):
+    return {"policy": tables, "target": tables}
+
+
+def looking_forward(environment, tables, log_z):
+    # log F~ = log F + E.
+    log_flow = tables["log_flow"] + state_energies(environment)
+    return {"policy": {**tables, "log_flow": log_flow}}
+
+
+def with_potential(environment, tables, log_z):
+    params = looking_forward(environment, tables, log_z)
+    return {**params, "potential": state_energies(environment)}
+
+
+def posterior(environment, tables, log_z):
+    del tables, log_z
+    prior, forward, log_mean = exact_posterior(environment, inverse_temperature=0.7)
+    return {"policy": {**prior, "forward": forward}, "prior": prior, "log_z": log_mean}
+
+
+def plain(name, **options):
+    """An objective that takes nothing but options."""
+    build = getattr(objectives, name)
+    return lambda environment, policy, sampler, axis_name: build(
+        environment, policy, sampler=sampler, chunk_size=32, **options
+    )
+
+
+def shared(name, **options):
+    """One whose mean is over the batch of all devices."""
+    build = getattr(objectives, name)
+    return lambda environment, policy, sampler, axis_name: build(
+        environment, policy, sampler=sampler, axis_name=axis_name, chunk_size=32, **options
+    )
+
+
+def decomposition(environment, policy, sampler, axis_name):
+    return objectives.learned_energy_decomposition(
+        environment,
+        policy,
+        lambda table, pair: table[pair[0]] - table[pair[1]],
+        dropout=0.0,
+        sampler=sampler,
+        axis_name=axis_name,
+        chunk_size=32,
+    )
+
+
+def relative(environment, policy, sampler, axis_name):
+    del axis_name
+    return objectives.relative_trajectory_balance(
+        environment, policy, policy, inverse_temperature=0.7, sampler=sampler, chunk_size=32
+    )
+
+
 OBJECTIVES = {
-    "trajectory_balance": lambda environment, policy, epsilon: trajectory_balance(
-        environment, policy, epsilon=epsilon, chunk_size=32
+    "trajectory_balance": Row(plain("trajectory_balance"), with_log_z),
+    "log_partition_variance": Row(shared("log_partition_variance"), only_policy),
+    "detailed_balance": Row(shared("detailed_balance"), only_policy),
+    "subtrajectory_balance": Row(plain("subtrajectory_balance"), only_policy),
+    "subtrajectory_balance_batch": Row(
+        shared("subtrajectory_balance", decay=1.9, normalize="batch"), only_policy
     ),
+    "subtrajectory_balance_length": Row(
+        shared("subtrajectory_balance", decay=1.0, normalize="length"), only_policy
+    ),
+    "subtrajectory_balance_none": Row(
+        plain("subtrajectory_balance", normalize="none", residual_loss=objectives.log_cosh),
+        only_policy,
+    ),
+    "flow_matching": Row(shared("flow_matching", terminal_weight=10.0, floor=0.01), only_policy),
+    "modified_detailed_balance": Row(
+        shared("modified_detailed_balance"), only_policy, needs_stop=True
+    ),
+    "modified_detailed_balance_target": Row(
+        shared("modified_detailed_balance", has_target=True), with_target, needs_stop=True
+    ),
+    "soft_q_learning": Row(shared("soft_q_learning"), with_target),
+    "munchausen": Row(
+        shared("soft_q_learning", munchausen=0.15, has_target=False, terminal_weight=5.0),
+        only_policy,
+    ),
+    "path_consistency": Row(shared("path_consistency", depth=2), only_policy),
+    "forward_looking_detailed_balance": Row(
+        shared("forward_looking_detailed_balance"), looking_forward
+    ),
+    "forward_looking_subtrajectory_balance": Row(
+        shared("forward_looking_subtrajectory_balance"), looking_forward
+    ),
+    "learned_energy_decomposition": Row(decomposition, with_potential),
+    "relative_trajectory_balance": Row(relative, posterior),
 }
 
 
@@ -190,13 +313,21 @@ def test_bugs_break_the_balance(name):
 
     @functools.partial(jax.jit, static_argnums=1)
     def residuals(t, options):
-        return balance(log_z, *plain_scores(environment, policy, params, t, **dict(options)), t)
+        """Of whole, of single and of all parts of trajectories."""
+        scores = plain_scores(environment, policy, params, t, **dict(options))
+        log_flow = jax.vmap(terminal_flow, (1, 0, 1), out_axes=1)(t.log_flow, t.log_reward, t.valid)
+        return (
+            balance(log_z, *scores, t),
+            jax.vmap(detailed_balance_residuals, 1)(log_flow, *scores, t.valid),
+            jax.vmap(subtrajectory_residuals, 1)(log_flow, *scores, t.valid),
+        )
 
     for t in drawn.values():
-        np.testing.assert_allclose(residuals(t, ()), 0.0, atol=1e-5)
+        for right in residuals(t, ()):
+            np.testing.assert_allclose(right, 0.0, atol=1e-5)
     for bug, (drawn_by, options) in BUGS.items():
-        wrong = residuals(drawn[drawn_by], tuple(options.items()))
-        assert np.abs(wrong).max() > 0.05, bug
+        for wrong in residuals(drawn[drawn_by], tuple(options.items())):
+            assert np.abs(wrong).max() > 0.05, bug
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -211,14 +342,145 @@ def test_reward_of_the_state_before_breaks_the_balance(name):
     assert np.abs(balance(log_z, t.log_pf, t.log_pb, wrong)).max() > 0.05
 
 
+def in_double_precision(environment, t):
+    """The same trajectories with rewards in float64; what they recorded is not used."""
+    log_reward = jax.vmap(environment.log_reward, (None, 0))((), t.terminal)
+    return t._replace(
+        log_pf=t.log_pf.astype(float), log_pb=t.log_pb.astype(float), log_reward=log_reward
+    )
+
+
+def with_energies(environment):
+    table = jnp.asarray(state_energies(environment))
+    return environment._replace(
+        intermediate_energy=lambda params, state: table[environment.state_index(state)]
+    )
+
+
+def exact_params(environment):
+    """The params of every objective at the exact flow of one backward policy."""
+    tables, log_z = exact_tables(environment, "random")
+    is_stopping = environment.stop_action is not None
+    return {
+        name: jax.tree.map(jnp.asarray, row.params(environment, tables, log_z))
+        for name, row in OBJECTIVES.items()
+        if is_stopping or not row.needs_stop
+    }
+
+
+def shifted(tree, seed=0):
+    """Other parameters: of every entry, a little."""
+    leaves, treedef = jax.tree.flatten(tree)
+    rng = np.random.default_rng(seed)
+    return treedef.unflatten([leaf + 0.2 * rng.standard_normal(leaf.shape) for leaf in leaves])
+
+
+@pytest.mark.parametrize("name", ["hypergrid_2x5", "diamond"])
+def test_losses_at_the_exact_flow(name, x64):
+    environment, policy = setting(name)
+    environment = with_energies(environment)
+    every_params = exact_params(environment)
+    keys = jax.random.split(jax.random.key(1), NUM)
+
+    # Compiled in haste: a program for all objectives runs a few times only.
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    def evaluate(every_params, t):
+        out = {}
+        for row, params in every_params.items():
+            loss = OBJECTIVES[row].build(environment, policy, given_trajectories(), None).loss
+            out[row] = jax.value_and_grad(lambda p, loss=loss: loss(p, (), keys, t)[0])(params)
+        return out
+
+    tabled = tabulate.__wrapped__(environment)
+    for drawn_by, t in rollouts(name, "random").items():
+        t = in_double_precision(environment, t)
+        for row, (value, gradient) in evaluate(every_params, t).items():
+            assert value == pytest.approx(0.0, abs=1e-16), (row, drawn_by)
+            for leaf in jax.tree.leaves(gradient):
+                np.testing.assert_allclose(leaf, 0.0, atol=1e-8, err_msg=f"{row} {drawn_by}")
+    # Control: away from it nothing is zero, and all that is learned gets gradient.
+    for row, (value, gradient) in evaluate(shifted(every_params), t).items():
+        assert value > 1e-3, row
+        fixed = [name for name in ("prior", "target") if name in gradient]
+        for name in fixed:
+            assert not any(leaf.any() for leaf in jax.tree.leaves(gradient[name])), row
+        learned = {name: leaf for name, leaf in gradient.items() if name not in fixed}
+        unused = ["backward"] if row in WITHOUT_BACKWARD else []
+        unused += ["log_flow"] if row in WITHOUT_FLOW else []
+        for path, leaf in jax.tree_util.tree_leaves_with_path(learned):
+            is_unused = any(name in jax.tree_util.keystr(path) for name in unused)
+            assert (np.abs(leaf).max() > 1e-4) != is_unused, (row, path)
+        # No gradient reaches a logit that is not allowed, or the flow of a terminal state.
+        tables = gradient["policy"]
+        assert not np.asarray(tables["forward"])[~tabled.forward].any()
+        assert not np.asarray(tables["backward"])[~tabled.backward].any()
+        assert not np.asarray(tables["log_flow"])[tabled.is_terminal].any()
+
+
+WITHOUT_BACKWARD = (
+    "flow_matching",
+    "soft_q_learning",
+    "munchausen",
+    "relative_trajectory_balance",
+)
+WITHOUT_FLOW = (
+    "trajectory_balance",
+    "log_partition_variance",
+    "modified_detailed_balance",
+    "modified_detailed_balance_target",
+    "relative_trajectory_balance",
+)
+
+
+def test_devices_share_the_batch():
+    # The slices of 1 and of 4 devices have the same mean loss and gradient.
+    environment, policy = tabular_of_its_own("hypergrid_2x5")
+    environment = with_energies(environment)
+    every_params = shifted(exact_params(environment))
+    tables = every_params["detailed_balance"]["policy"]
+    sampler = forward_sampler(environment, policy)
+    keys = jax.random.split(jax.random.key(1), 16)
+
+    def device(keys):
+        t, _, _ = sampler.sample({"policy": tables}, jnp.zeros(len(keys), int), keys, ())
+        out = {}
+        for row, params in every_params.items():
+            loss = OBJECTIVES[row].build(environment, policy, given_trajectories(), "devices").loss
+            out[row] = jax.value_and_grad(lambda p, loss=loss: loss(p, (), keys, t)[0])(params)
+        return out
+
+    def mean(num_devices):
+        mapped = jax.pmap(device, axis_name="devices", devices=jax.devices()[:num_devices])
+        parts = mapped(keys.reshape(num_devices, -1))
+        return jax.tree.map(lambda leaf: np.asarray(leaf).mean(axis=0), parts)
+
+    together, apart = mean(1), mean(4)
+    for row in every_params:
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5, err_msg=row),
+            apart[row],
+            together[row],
+        )
+
+
+def tabular_of_its_own(name):
+    """Not traced in double precision before."""
+    environment = SMALL[name]()
+    size = len(jax.tree.leaves(environment.enumerate())[0])
+    policy = tabular_policy(size, environment.num_actions)
+    return environment._replace(observe=environment.state_index), policy
+
+
 @pytest.mark.parametrize("name", SMALL)
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_gradient_at_the_exact_flow(objective, name, x64):
+def test_gradient_at_the_exact_flow(name, x64):
+    # With the sampler that objectives have by default.
     environment, policy = setting(name)
     tables, log_z = exact_tables(environment, "random")
     params = {"policy": tables, "log_z": jnp.asarray(log_z)}
     # The schedule is 0, 1/2 and 1 at the updates 0, 1 and 2: one program for all.
-    loss = OBJECTIVES[objective](environment, policy, lambda count: 0.5 * count).loss
+    loss = trajectory_balance(
+        environment, policy, epsilon=lambda count: 0.5 * count, chunk_size=32
+    ).loss
     keys = jax.random.split(jax.random.key(1), NUM)
 
     @jax.jit

@@ -36,7 +36,7 @@ import numpy.typing as npt
 from ebjax.objectives.contrastive_divergence import contrastive_loss
 from ebjax.objectives.recovery_schedule import RecoverySchedule, at_level, recovery_pair
 from ebjax.samplers.evaluate import value_and_gradient
-from ebjax.samplers.langevin import check_positive, langevin
+from ebjax.samplers.langevin import langevin
 from ebjax.samplers.run import run_chain
 from ebjax.types import EnergyFn, Kernel, Objective, Params, Position, bind
 
@@ -69,7 +69,7 @@ def _tethered(params, y, noisier, level, *, energy_fn, schedule):
 
 
 def scaled_by_step_size(
-    energy_fn: EnergyFn, schedule: RecoverySchedule, *, step_fraction: float
+    energy_fn: EnergyFn, schedule: RecoverySchedule, *, step_fraction: npt.ArrayLike
 ) -> EnergyFn:
     """``E(y, t) = g(y, t) / (2 s σ_t²)``: a network g that gives the drift of one step.
 
@@ -84,13 +84,23 @@ def scaled_by_step_size(
     Returns:
       ``(params, y, level) -> []``.
     """
-    check_positive("step_fraction", step_fraction)
-    return bind(_step_scaled, energy_fn=energy_fn, schedule=schedule, step_fraction=step_fraction)
+    variances = 2.0 * _step_sizes(schedule, step_fraction)
+    return bind(_step_scaled, energy_fn=energy_fn, variances=variances)
 
 
-def _step_scaled(params, y, level, *, energy_fn, schedule, step_fraction):
-    variance = 2.0 * step_fraction * jnp.square(at_level(schedule.step_noise, level, y))
-    return energy_fn(params, y, level) / variance
+def _step_scaled(params, y, level, *, energy_fn, variances):
+    return energy_fn(params, y, level) / at_level(variances, level, y)
+
+
+def _step_sizes(schedule: RecoverySchedule, step_fraction: npt.ArrayLike) -> np.ndarray:
+    """[T] h = s σ_t²."""
+    fraction = np.asarray(step_fraction, float)
+    if fraction.shape not in ((), (schedule.num_levels,)) or not np.all(fraction > 0.0):
+        raise ValueError(
+            f"step_fraction is {fraction.tolist()}; give one positive number, or one for each of "
+            f"the {schedule.num_levels} levels."
+        )
+    return fraction * schedule.step_noise**2
 
 
 def energy_of_data(energy_fn: EnergyFn, schedule: RecoverySchedule, level: int = 0) -> EnergyFn:
@@ -122,7 +132,7 @@ def recovery_chain(
     *,
     schedule: RecoverySchedule,
     num_steps: int,
-    step_fraction: float,
+    step_fraction: npt.ArrayLike,
     build_kernel: Callable[..., Kernel] = langevin,
 ) -> tuple[Position, Any]:
     """Runs one chain of the conditional law of a level: ``(end, info averaged over the steps)``.
@@ -136,10 +146,11 @@ def recovery_chain(
       level: [] int, t.
       schedule: how data are diffused.
       num_steps: K.
-      step_fraction: s, the step as a share of the tether's variance: ``h = s σ_t²``.
+      step_fraction: s, the step as a share of the tether's variance: ``h = s σ_t²``; one number,
+        or one a level [T].
       build_kernel: ``(step_size=...) -> Kernel``, given the traced step of the level.
     """
-    step_size = step_fraction * jnp.square(at_level(schedule.step_noise, level, start))
+    step_size = at_level(_step_sizes(schedule, step_fraction), level, start)
     kernel = build_kernel(step_size=step_size)
     conditional = bind(_given, energy_fn=tethered(energy_fn, schedule))
     given = (params, noisier, level)
@@ -153,14 +164,14 @@ def _given(given, y, *, energy_fn):
     return energy_fn(params, y, noisier, level)
 
 
-def _check(schedule: RecoverySchedule, num_steps: int, step_fraction: float) -> None:
+def _check(schedule: RecoverySchedule, num_steps: int, step_fraction: npt.ArrayLike) -> None:
     if not isinstance(schedule, RecoverySchedule):
         raise ValueError(
             f"schedule is {schedule!r}; it must be a RecoverySchedule, as recovery_schedule makes."
         )
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; a chain takes at least 1 step on a level.")
-    check_positive("step_fraction", step_fraction)
+    _step_sizes(schedule, step_fraction)
 
 
 def recovery_likelihood(
@@ -168,7 +179,7 @@ def recovery_likelihood(
     schedule: RecoverySchedule,
     *,
     num_steps: int,
-    step_fraction: float = 0.134,
+    step_fraction: npt.ArrayLike = 0.134,
     level_weights: npt.ArrayLike | None = None,
     shared_noise: bool = True,
     energy_regularizer: float = 0.0,
@@ -181,8 +192,9 @@ def recovery_likelihood(
         index t. It gets the same level for data and for samples.
       schedule: how data are diffused.
       num_steps: K, steps of a chain.
-      step_fraction: s, ``h = s σ_t²``; with Langevin steps the variance of a tethered chain is
-        too large, by about the share s/2.
+      step_fraction: s, ``h = s σ_t²``, or s [T] of the levels; with Langevin steps the variance of
+        a tethered chain is too large, by about the share s/2. Data close to a surface have
+        conditional laws much narrower than the tether: ``recovery_schedule.steps_of_narrow_data``.
       level_weights: w [T], all 1 by default, which is the likelihood. The published weights with
         ``scaled_by_step_size`` are ``2 s σ_0 σ_t``.
       shared_noise: see ``recovery_pair``.
@@ -261,7 +273,7 @@ def recovery_sample(
     *,
     schedule: RecoverySchedule,
     num_steps: int,
-    step_fraction: float = 0.134,
+    step_fraction: npt.ArrayLike = 0.134,
     build_kernel: Callable[..., Kernel] = langevin,
     denoise: bool = False,
 ) -> tuple[Position, Any]:

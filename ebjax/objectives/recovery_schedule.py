@@ -24,7 +24,14 @@ import numpy.typing as npt
 from ebjax.numerics import random_normal_like
 from ebjax.types import Position
 
-__all__ = ["RecoverySchedule", "at_level", "cosine_noise", "recovery_pair", "recovery_schedule"]
+__all__ = [
+    "RecoverySchedule",
+    "at_level",
+    "cosine_noise",
+    "recovery_pair",
+    "recovery_schedule",
+    "steps_of_narrow_data",
+]
 
 
 class RecoverySchedule(NamedTuple):
@@ -112,6 +119,33 @@ def cosine_noise(
         )
     first, last = (math.atan(math.exp(-0.5 * snr)) for snr in (largest_log_snr, smallest_log_snr))
     return np.sin(np.linspace(first, last, num_levels + 1))
+
+
+def steps_of_narrow_data(schedule: RecoverySchedule, share: float) -> np.ndarray:
+    """Steps s_t [T], as shares of σ_t², for data with directions in which they do not vary.
+
+        h_t = s_t σ_t² = share / (1/(scale_t σ̄_t)² + tether_t)
+
+    In such a direction the law of y is N(., (scale_t σ̄_t)²), and a chain is stable for ``share``
+    below 2; the lower the level, the narrower it is than the tether. The published steps, which
+    grow with σ̄_t, do the same.
+
+    Args:
+      schedule: how data are diffused; its cleanest level must have noise.
+      share: of the narrowest variance, positive.
+
+    Raises:
+      ValueError: if the cleanest level has no noise, or ``share`` is not positive.
+
+    >>> steps_of_narrow_data(recovery_schedule([0.1, 0.6, 0.9, 1.0]), 0.5).round(3).tolist()
+    [0.009, 0.198, 0.405]
+    """
+    if not share > 0.0:
+        raise ValueError(f"share is {share}; it must be positive.")
+    if not schedule.noise[0] > 0.0:
+        raise ValueError("The cleanest level has no noise: narrow data leave no room for a step.")
+    narrowest = 1.0 / ((schedule.scale * schedule.noise[:-1]) ** -2.0 + schedule.tether)
+    return share * narrowest / schedule.step_noise**2
 
 
 def at_level(values: np.ndarray, level: jax.Array, like: Position) -> jax.Array:

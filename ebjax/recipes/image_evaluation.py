@@ -162,16 +162,19 @@ def likelihood_figures(
     held_out = _with_noise(held_out_key, sets.held_out, model, sets.num_values)
     training = _with_noise(training_key, sets.training, model, sets.num_values)
     energy = temper(model.energy, model.temperature)
+    # The narrowest scale allows about the chain's own step; a Metropolis test that looks at all
+    # dimensions at once wants steps that fall as D^(-1/3).
+    step_size = model.step_size * min(1.0, 2.0 * num_dims ** (-1.0 / 3.0))
     ladder = (np.arange(1, _NUM_TEMPERATURES + 1) / _NUM_TEMPERATURES) ** 2
     if model.data_noise == 0.0:
         name, width = "tempered_bits_per_dim", _level_width(sets.num_values)
         # Chains run in R^D on the box's mirror images, with the weights of where they fold to.
         base, energy = uniform_base(shape, *BOUNDS), folded_energy(energy, box(*BOUNDS))
-        steps = np.minimum(model.step_size * model.temperature / ladder, 0.05)
+        steps = np.minimum(step_size * model.temperature / ladder, 0.05)
     else:
         name, width = "noisy_bits_per_dim", 1.0
         base = normal_base(training)
-        steps = np.full(len(ladder), model.step_size)
+        steps = np.full(len(ladder), step_size)
     logs = annealed_log_likelihood(
         anneal_key,
         energy,

@@ -22,7 +22,11 @@ from ebjax.objectives.recovery_likelihood import (
     recovery_sample,
     scaled_by_step_size,
 )
-from ebjax.objectives.recovery_schedule import cosine_noise, recovery_schedule
+from ebjax.objectives.recovery_schedule import (
+    cosine_noise,
+    recovery_schedule,
+    steps_of_narrow_data,
+)
 from ebjax.objectives.regularizers import gradient_penalty
 from ebjax.samplers import langevin, run_chain
 from ebjax.types import Energy, Kernel, Objective
@@ -141,8 +145,13 @@ def _recovery(config: ImagesConfig, shape: tuple[int, int, int]) -> Model:
         cosine_noise(config.num_levels, largest_log_snr=config.largest_log_snr)
     )
     network = _level_network(config)
-    fraction = config.step_fraction
-    energy_fn = scaled_by_step_size(network.apply, schedule, step_fraction=fraction)
+    fraction = steps_of_narrow_data(schedule, config.step_share)
+    scaled = scaled_by_step_size(network.apply, schedule, step_fraction=fraction)
+
+    def energy_fn(params, y, level):
+        # At the start images are N(0, I) at all levels, which is near their second moment.
+        return scaled(params, y, level) + 0.5 * jnp.sum(jnp.square(y))
+
     options: dict[str, Any] = {
         "schedule": schedule,
         "num_steps": config.recovery_steps,
@@ -175,7 +184,7 @@ def _recovery(config: ImagesConfig, shape: tuple[int, int, int]) -> Model:
 
     cleanest = energy_of_data(energy_fn, schedule)
     # A step of the cleanest level, in the units of the data.
-    step_size = float(fraction * (schedule.step_noise[0] / schedule.signal[1]) ** 2)
+    step_size = float(fraction[0] * (schedule.step_noise[0] / schedule.signal[1]) ** 2)
     return Model(
         init=lambda key: network.init(key, jnp.zeros(shape)),
         objective=objective,

@@ -82,8 +82,8 @@ class ImagesConfig(AdamConfig):
     num_levels: int = setting(6, "recovery_likelihood: noise levels")
     largest_log_snr: float = setting(5.0, "recovery_likelihood: signal to noise, cleanest level")
     recovery_steps: int = setting(20, "recovery_likelihood: steps of a chain on a level")
-    step_fraction: float = setting(
-        0.03, "recovery_likelihood: h as a share of the level's variance"
+    step_share: float = setting(
+        0.25, "recovery_likelihood: h as a share of a level's narrowest variance"
     )
 
     def __post_init__(self) -> None:
@@ -108,7 +108,7 @@ class ImagesConfig(AdamConfig):
         check_at_least(self, 0, "data_noise", "energy_regularizer", "gradient_penalty")
         check_at_least(self, 0, "langevin_noise_scale", "reset_margin")
         check_at_least(self, 1e-6, "langevin_step_size")
-        check_between(self, 1e-6, 1, "step_fraction")
+        check_between(self, 1e-6, 1, "step_share")
         check_between(self, -4, 15, "largest_log_snr")
         check_between(self, 0, 1, "rebirth_probability")
         if not self.features or min(self.features) < 1:

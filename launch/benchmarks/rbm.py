@@ -38,6 +38,7 @@ def ebjax_updates(
     seed: int,
     learning_rate: float = 0.05,
     steps_per_call: int = 50,
+    num_devices: int = 1,
 ) -> Workload:
     """Updates of the training loop's program, with its weight average.
 
@@ -49,6 +50,7 @@ def ebjax_updates(
         seed: of the images, the weights and the chains.
         learning_rate: of gradient descent.
         steps_per_call: updates in one dispatch.
+        num_devices: over which images and chains are split.
     """
 
     def pixels(key: jax.Array) -> jax.Array:
@@ -67,6 +69,7 @@ def ebjax_updates(
         num_updates=num_updates,
         steps_per_call=steps_per_call,
         seed=seed,
+        num_devices=num_devices,
         note="the training loop's program: data, chains, gradient, weight average; float32",
     )
 

@@ -15,7 +15,12 @@ from ebjax.objectives.recovery_likelihood import (
     scaled_by_step_size,
     tethered,
 )
-from ebjax.objectives.recovery_schedule import cosine_noise, recovery_pair, recovery_schedule
+from ebjax.objectives.recovery_schedule import (
+    cosine_noise,
+    recovery_pair,
+    recovery_schedule,
+    steps_of_narrow_data,
+)
 from ebjax.samplers import langevin, mala
 
 module = importlib.import_module("ebjax.objectives.recovery_likelihood")
@@ -80,13 +85,17 @@ def test_pairs_have_the_laws_of_their_levels(level, shared_noise, x64):
         (y, exact["q"][level] / exact["p"][level], 1.0 / exact["p"][level]),
         (noisier, signal * MEAN, signal**2 * VARIANCE + noise**2),
     ]
-    if not shared_noise and level < TOP:
+    share = SCHEDULE.scale[level]
+    change = signal - share * SCHEDULE.signal[level], noise - share * SCHEDULE.noise[level]
+    if shared_noise:  # not the pair of a Markov chain, whose differences vary more
+        difference = change[0] ** 2 * VARIANCE + change[1] ** 2
+        assert difference < 0.95 * SCHEDULE.step_noise[level] ** 2
+        laws.append((noisier - y, change[0] * MEAN, difference))
+    elif level < TOP:
         laws.append((noisier - y, 0.0, SCHEDULE.step_noise[level] ** 2))
     for values, mean, variance in laws:
         assert abs(values.mean() - mean) < 5.0 * np.sqrt(variance / num)
         assert abs(values.var() / variance - 1.0) < 5.0 * np.sqrt(2.0 / num)
-    if shared_noise:  # not the pair of a Markov chain
-        assert abs((noisier - y).var() / SCHEDULE.step_noise[level] ** 2 - 1.0) > 0.1
 
 
 # The chain.
@@ -300,12 +309,11 @@ def test_it_learns_the_law_of_each_level(x64):
 COARSE = recovery_schedule([0.4, 0.7, 0.9, 0.999])
 
 
-def samples_z_score(variance, *, schedule=COARSE, denoise=False):
-    num, params = 8_000, exact_params(COARSE)
+def draw_samples(*, schedule=COARSE, denoise=False):
     run = lambda key, x: recovery_sample(  # noqa: E731
         key,
         quadratic,
-        params,
+        exact_params(COARSE),
         x,
         schedule=schedule,
         num_steps=25,
@@ -313,11 +321,15 @@ def samples_z_score(variance, *, schedule=COARSE, denoise=False):
         build_kernel=mala,
         denoise=denoise,
     )
-    start = jax.random.normal(jax.random.key(0), (num,))
-    x, info = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(1), num), start)
-    assert info.is_finite.shape == (num, 3)
-    z_mean = (x.mean() - MEAN) / np.sqrt(variance / num)
-    z_variance = (x.var() / variance - 1.0) * np.sqrt(num / 2.0)
+    start = jax.random.normal(jax.random.key(0), (8_000,))
+    x, info = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(1), len(start)), start)
+    assert info.is_finite.shape == (len(start), 3)
+    return x
+
+
+def samples_z_score(x, variance):
+    z_mean = (x.mean() - MEAN) / np.sqrt(variance / len(x))
+    z_variance = (x.var() / variance - 1.0) * np.sqrt(len(x) / 2.0)
     return max(abs(float(z_mean)), abs(float(z_variance)))
 
 
@@ -325,14 +337,27 @@ def test_samples_have_the_law_of_the_data(x64):
     """That of data with the noise of the cleanest level, or without it in the mean."""
     ratio = (COARSE.noise[0] / COARSE.signal[0]) ** 2
     noisy, clean = VARIANCE + ratio, VARIANCE**2 / (VARIANCE + ratio)
-    assert samples_z_score(noisy) < 5.0
-    assert samples_z_score(clean, denoise=True) < 5.0
-    assert samples_z_score(clean) > 5.0
+    drawn = draw_samples()
+    assert samples_z_score(drawn, noisy) < 5.0
+    assert samples_z_score(drawn, clean) > 5.0
+    assert samples_z_score(draw_samples(denoise=True), clean) < 5.0
     # Down the levels without dividing y by a.
-    assert samples_z_score(noisy, schedule=COARSE._replace(scale=np.ones(3))) > 5.0
+    undivided = draw_samples(schedule=COARSE._replace(scale=np.ones(3)))
+    assert samples_z_score(undivided, noisy) > 5.0
 
 
-@pytest.mark.parametrize("level", [0, 2, TOP])
+def test_steps_of_narrow_data_are_shares_of_the_narrowest_law(x64):
+    """Of the conditional law of y where data have no variance."""
+    share = 0.3
+    steps = steps_of_narrow_data(SCHEDULE, share) * SCHEDULE.step_noise**2
+    precision = 1.0 / (SCHEDULE.scale * SCHEDULE.noise[:-1]) ** 2
+    params = {"p": jnp.asarray(precision), "q": jnp.zeros(NUM_LEVELS)}
+    for level, step in enumerate(steps):
+        curvature = jax.hessian(tethered(quadratic, SCHEDULE), 1)(params, 0.1, 0.7, level)
+        np.testing.assert_allclose(step * curvature, share, rtol=1e-9)
+
+
+@pytest.mark.parametrize("level", [0, TOP])
 def test_a_level_in_the_units_of_the_data(level, x64):
     energy_fn = energy_of_data(quadratic, SCHEDULE, level)
     precision = jax.hessian(energy_fn, 1)(exact_params(), jnp.array(0.0))
@@ -343,10 +368,11 @@ def test_a_level_in_the_units_of_the_data(level, x64):
 
 
 def test_a_network_that_gives_the_drift_of_a_step(x64):
-    """A step moves by half the network's slope at every level, whatever σ_t is."""
-    energy_fn = scaled_by_step_size(quadratic, SCHEDULE, step_fraction=0.2)
+    """A step moves by half the network's slope at every level, whatever h is."""
+    fractions = np.linspace(0.1, 0.6, NUM_LEVELS)
+    energy_fn = scaled_by_step_size(quadratic, SCHEDULE, step_fraction=fractions)
     for level in range(NUM_LEVELS):
-        step = 0.2 * SCHEDULE.step_noise[level] ** 2
+        step = fractions[level] * SCHEDULE.step_noise[level] ** 2
         drift = step * jax.grad(energy_fn, 1)(off_params(), jnp.array(0.4), level)
         expected = 0.5 * jax.grad(quadratic, 1)(off_params(), jnp.array(0.4), level)
         np.testing.assert_allclose(drift, expected, rtol=1e-9)
@@ -380,6 +406,11 @@ ERRORS = {
     "level_weights are": lambda: recovery_likelihood(
         quadratic, SCHEDULE, num_steps=1, level_weights=[1.0]
     ),
+    "step_fraction is \\[0.1, 0.2\\]; give one positive number": lambda: recovery_likelihood(
+        quadratic, SCHEDULE, num_steps=1, step_fraction=[0.1, 0.2]
+    ),
+    "share is 0.0": lambda: steps_of_narrow_data(SCHEDULE, 0.0),
+    "cleanest level has no noise": lambda: steps_of_narrow_data(recovery_schedule([0.0, 1.0]), 0.1),
     "schedule is 3": lambda: recovery_likelihood(quadratic, 3, num_steps=1),
     "noise has shape": lambda: recovery_schedule([0.5]),
     "noise is": lambda: recovery_schedule([0.5, 0.4, 0.9]),

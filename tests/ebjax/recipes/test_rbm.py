@@ -97,9 +97,11 @@ def gradient_z_scores(method, num=4000, num_updates=50):
     The slope in W and the biases is a mean over slots of differences of v's and of conditional
     means; the error is that of the slots. Persistent chains forget their start within the updates.
     """
-    params = random_machine(4, 3)
+    # Strong weights, and biases under which a state is as likely as its opposite: slow to mix.
+    weights = 3.0 * random_machine(4, 3).weights
+    params = RBMParams(weights, -0.5 * weights.sum(axis=1), -0.5 * weights.sum(axis=0))
     run = build(RBMConfig(num_hidden=3, method=method))
-    batch = jax.random.bernoulli(jax.random.key(1), 0.3, (num, 64)).astype(jnp.float32)
+    batch = jax.random.bernoulli(jax.random.key(1), 0.9, (num, 64)).astype(jnp.float32)
     # A machine of four of the pixels; all others are free coins of both data and model.
     wide = RBMParams(
         jnp.zeros((64, 3)).at[:4].set(params.weights),

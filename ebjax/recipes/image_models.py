@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ebjax.energies.networks import (
     class_conditional_energy,
@@ -34,7 +35,7 @@ from ebjax.types import Energy, Kernel, Objective
 if TYPE_CHECKING:
     from ebjax.recipes.images import ImagesConfig
 
-__all__ = ["BOUNDS", "Model", "build_model"]
+__all__ = ["BOUNDS", "Model", "Pixels", "build_model", "pixels_of"]
 
 BOUNDS = (-1.0, 1.0)
 
@@ -67,9 +68,36 @@ class Model(NamedTuple):
     data_noise: float
 
 
-def build_model(config: ImagesConfig, shape: tuple[int, int, int]) -> Model:
-    """The energy, how it is trained and how it is drawn from."""
-    return (_pcd if config.objective == "pcd" else _recovery)(config, shape)
+class Pixels(NamedTuple):
+    """``mean`` and ``deviation`` [height, width, channels] of training images, pixel by pixel."""
+
+    mean: np.ndarray
+    deviation: np.ndarray
+
+
+def pixels_of(images: np.ndarray, noise: float) -> Pixels:
+    """Of images [N, height, width, channels] with normal noise of that deviation."""
+    return Pixels(images.mean(axis=0), np.sqrt(images.var(axis=0) + noise**2 + 1e-4))
+
+
+def build_model(
+    config: ImagesConfig, shape: tuple[int, int, int], pixels: Pixels | None = None
+) -> Model:
+    """The energy, how it is trained and how it is drawn from.
+
+    Args:
+      config: settings.
+      shape: of an image.
+      pixels: of the training images, where ``config.normal_pixels`` asks for them.
+
+    Raises:
+      ValueError: if they are asked for and not given.
+    """
+    if config.objective == "recovery_likelihood":
+        return _recovery(config, shape)
+    if config.normal_pixels and pixels is None:
+        raise ValueError("normal_pixels is True: give the pixels of the training images.")
+    return _pcd(config, shape, pixels if config.normal_pixels else None)
 
 
 def _network(config: ImagesConfig) -> Energy:
@@ -81,8 +109,22 @@ def _network(config: ImagesConfig) -> Energy:
     return make[config.energy_network](config.features)
 
 
-def _pcd(config: ImagesConfig, shape: tuple[int, int, int]) -> Model:
+def _tilted(energy: Energy, pixels: Pixels, temperature: float) -> Energy:
+    """The energy that, divided by the temperature, is a network and independent normal pixels."""
+
+    def apply(params, x):
+        mean, deviation = (jnp.asarray(values, x.dtype) for values in pixels)
+        squares = jnp.sum(jnp.square((x - mean) / deviation))
+        return energy.apply(params, x) + 0.5 * temperature * squares
+
+    return Energy(energy.init, apply)
+
+
+def _pcd(config: ImagesConfig, shape: tuple[int, int, int], pixels: Pixels | None) -> Model:
+    temperature = config.langevin_noise_scale**2 / (2.0 * config.langevin_step_size)
     energy = _network(config)
+    if pixels is not None:
+        energy = _tilted(energy, pixels, temperature)
     kernel = langevin(
         step_size=config.langevin_step_size,
         noise_scale=config.langevin_noise_scale,
@@ -90,7 +132,10 @@ def _pcd(config: ImagesConfig, shape: tuple[int, int, int]) -> Model:
     )
 
     def noise(key):
-        return jax.random.uniform(key, shape, minval=-1.0, maxval=1.0)
+        if pixels is None:
+            return jax.random.uniform(key, shape, minval=-1.0, maxval=1.0)
+        start = pixels.mean + pixels.deviation * jax.random.normal(key, shape)
+        return jnp.clip(start, *BOUNDS)
 
     penalties = [gradient_penalty(config.gradient_penalty)] if config.gradient_penalty else []
     objective = persistent_contrastive_divergence(
@@ -133,7 +178,7 @@ def _pcd(config: ImagesConfig, shape: tuple[int, int, int]) -> Model:
         draw=draw,
         path=path,
         path_steps=tuple(every * time for time in range(num_times + 1)),
-        temperature=config.langevin_noise_scale**2 / (2.0 * config.langevin_step_size),
+        temperature=temperature,
         kernel=kernel,
         step_size=config.langevin_step_size,
         data_noise=0.0,

@@ -1,6 +1,7 @@
 """An energy of images from a file, learned by sampling.
 
     pcd                    E(x), persistent Langevin chains               p ∝ exp(-E/τ), τ = s²/(2h)
+    pcd, normal_pixels     E(x) + τ Σ (x - m)²/(2 v²), chains from N(m, v²) of the training pixels
     recovery_likelihood    E(y, t), short chains tethered to a noisier x  p_t ∝ exp(-E(·, t))
 
 Images are scaled to [-1, 1]; shapes are [height, width, channels]. The chains of ``pcd`` are far
@@ -24,7 +25,7 @@ import numpy as np
 
 from ebjax.data import Dataset, array_source, load_dataset, split_index, stream_source
 from ebjax.recipes.image_evaluation import ImageSets, evaluate_images, image_figures
-from ebjax.recipes.image_models import BOUNDS, build_model
+from ebjax.recipes.image_models import BOUNDS, build_model, pixels_of
 from ebjax.training import (
     AdamConfig,
     check_at_least,
@@ -69,6 +70,9 @@ class ImagesConfig(AdamConfig):
     gradient_clip: float = setting(1.0)
     energy_regularizer: float = setting(0.01, "pcd: weight of the squared energies in the loss")
     gradient_penalty: float = setting(0.0, "pcd: weight of the squared slope of the energy")
+    normal_pixels: bool = setting(
+        False, "pcd: begin with independent normal pixels as the training's, energy and chains both"
+    )
     reset_margin: float = setting(
         0.0, "pcd: chains lower than the data by more than this are born anew; 0: never"
     )
@@ -200,7 +204,8 @@ def build(config: ImagesConfig) -> Run:
         training_labels=images.labels(images.training[:_MOST_LABELLED_IMAGES]),
         num_values=images.num_values,
     )
-    model = build_model(config, sets.held_out.shape[1:])
+    pixels = pixels_of(sets.training, config.data_noise)
+    model = build_model(config, sets.held_out.shape[1:], pixels)
     noise = config.data_noise if config.objective == "pcd" else 0.0
     options: dict[str, Any] = {
         "noise": noise,

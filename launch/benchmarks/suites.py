@@ -489,6 +489,9 @@ def _rbm() -> Suite:
         "updates",
         (
             Variant("ebjax", "rbm", "ebjax_updates", options, 200),
+            Variant(
+                "ebjax-2-devices", "rbm", "ebjax_updates", options | {"num_devices": 2}, 200, 2
+            ),
             Variant("sklearn", "rbm", "sklearn_updates", options, 200),
         ),
         (Comparison("ebjax", "sklearn", 3.0),),

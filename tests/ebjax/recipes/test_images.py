@@ -1,5 +1,6 @@
 """The images recipe: what it loads, what it refuses, what it learns."""
 
+import dataclasses
 import functools
 import math
 
@@ -16,7 +17,7 @@ from ebjax.recipes.image_evaluation import (
     likelihood_figures,
     outliers,
 )
-from ebjax.recipes.image_models import Model, build_model
+from ebjax.recipes.image_models import Model, build_model, pixels_of
 from ebjax.recipes.images import ImagesConfig, build, load_images, recipe
 from ebjax.samplers import langevin
 from ebjax.training import train
@@ -209,6 +210,27 @@ def test_every_network_serves_both_objectives(network, objective):
     path = jax.eval_shape(model.path, jax.random.key(0), params)
     assert path.shape == (len(model.path_steps), 4, 4, 2)
     assert jax.eval_shape(model.draw, jax.random.key(0), params).shape == (4, 4, 2)
+
+
+def test_normal_pixels_are_part_of_the_law_that_is_drawn():
+    """E/τ has the quadratic of the pixels' own normal law, and chains start from that law."""
+    images = np.random.default_rng(0).uniform(-1.0, 0.2, (50, 4, 4, 1)).astype(np.float32)
+    pixels = pixels_of(images, 0.1)
+    assert np.allclose(pixels.deviation**2, images.var(axis=0) + 0.01, atol=2e-4)
+    plain = ImagesConfig(**TINY)
+    tilted = dataclasses.replace(plain, normal_pixels=True)
+    with pytest.raises(ValueError, match="normal_pixels is True"):
+        build_model(tilted, (4, 4, 1))
+    flat, model = (build_model(config, (4, 4, 1), pixels) for config in (plain, tilted))
+    params = model.init(jax.random.key(0))
+    x = jnp.asarray(images[0])
+    added = (model.energy(params, x) - flat.energy(params, x)) / model.temperature
+    assert np.isclose(added, 0.5 * np.square((x - pixels.mean) / pixels.deviation).sum(), rtol=1e-3)
+    starts = jax.vmap(model.path, (0, None))(jax.random.split(jax.random.key(1), 400), params)[:, 0]
+    z = (starts.mean(axis=0) - pixels.mean) / pixels.deviation * np.sqrt(400)
+    inside = np.abs(pixels.mean) + 3.0 * pixels.deviation < 1.0  # nearly nothing is clipped
+    assert np.abs(z[inside]).max(initial=0.0) < 5.0
+    assert starts.std() < 0.9 * np.sqrt(1.0 / 3.0)  # that of uniform noise
 
 
 SHORT = {

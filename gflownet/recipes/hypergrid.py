@@ -25,6 +25,7 @@ from gflownet.types import Environment
 __all__ = ["HypergridConfig", "recipe"]
 
 _COMMON: dict[str, Any] = {
+    "learning_rate": 1e-3,
     "epsilon": 0.1,
     "target_rate": 0.0,
     "terminal_weight": 1.0,
@@ -32,9 +33,19 @@ _COMMON: dict[str, Any] = {
 }
 # What each objective changes of that.
 _OWN: dict[str, dict[str, Any]] = {
-    "soft_dqn": {"target_rate": 0.25, "terminal_weight": 5.0},
-    "munchausen": {"target_rate": 0.25, "terminal_weight": 5.0, "munchausen": 0.15},
+    "mdb": {"learning_rate": 2e-3},
+    "soft_dqn": {"learning_rate": 2e-3, "target_rate": 0.25, "terminal_weight": 5.0},
+    "munchausen": {
+        "learning_rate": 2e-3,
+        "target_rate": 0.25,
+        "terminal_weight": 5.0,
+        "munchausen": 0.15,
+    },
     "tlm": {"target_rate": 0.25},
+    # What looks forward by the reward does not cross its valleys unless it is sent there.
+    "fldb": {"learning_rate": 2e-3, "epsilon": 1.0},
+    "flsubtb": {"learning_rate": 2e-3, "epsilon": 1.0},
+    "led": {"learning_rate": 2e-3, "epsilon": 1.0},
     # An expectation under the policy itself, and one under the target.
     "reverse_kl": {"epsilon": 0.0},
     "forward_kl": {"epsilon": 0.0},
@@ -67,7 +78,7 @@ class HypergridConfig(TrainingConfig):
     backward_policy: str = setting(
         "auto", "P_B: 'learned' on the shared trunk, 'uniform', or 'auto': as the objective needs"
     )
-    learning_rate: float = setting(1e-3, "learning rate of the policy (Adam)")
+    learning_rate: float = setting(-1.0, "learning rate of the policy (Adam)", follows="objective")
     learning_rate_decay_steps: int = setting(
         -1, "step at which the cosine decay ends; -1: num_steps, 0: no decay", follows="num_steps"
     )

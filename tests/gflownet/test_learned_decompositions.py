@@ -127,7 +127,7 @@ def test_energies_are_asked_for_and_get_no_gradient():
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(jnp.arange(5.0))
     assert not gradient.any()
-    assert value != loss(jnp.ones(5))
+    assert value != jax.jit(loss)(jnp.ones(5))
 
 
 # Learned energy decomposition
@@ -183,7 +183,7 @@ def test_decomposition_is_learned_beside_the_flow():
     # Tables for both: the law is right when the potential is.
     environment, policy = tabular(diamond())
     objective = learned_energy_decomposition(
-        environment, policy, lambda table, pair: table[pair[0], pair[1]], dropout=0.2
+        environment, policy, lambda table, pair: table[pair[0], pair[1]], dropout=0.0
     )
     params = {"policy": policy.init(jax.random.key(0), 0), "potential": jnp.zeros((6, 6))}
     rule = optax.adam(optax.cosine_decay_schedule(0.05, 1000))
@@ -317,5 +317,6 @@ def test_a_policy_without_flow_is_refused():
     bare = policy._replace(apply=lambda *args: policy.apply(*args)._replace(log_flow=None))
     objective = detailed_balance(environment, bare)
     params = {"policy": policy.init(jax.random.key(0), 0)}
+    keys = jax.random.split(jax.random.key(0), 4)
     with pytest.raises(ValueError, match="log flow"):
-        objective.loss(params, jnp.zeros(4, jnp.int32), jax.random.split(jax.random.key(0), 4), ())
+        jax.eval_shape(objective.loss, params, jnp.zeros(4, jnp.int32), keys, ())

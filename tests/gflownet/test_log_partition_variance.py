@@ -41,10 +41,10 @@ def test_one_of_a_kind_is_refused():
     objective = log_partition_variance(environment, policy)
     params = {"policy": random_tables(environment, 0)}
     with pytest.raises(ValueError, match="1 trajectory"):
-        objective.loss(params, jnp.zeros(1, jnp.int32), KEYS[:1], ())
+        jax.eval_shape(objective.loss, params, jnp.zeros(1, jnp.int32), KEYS[:1], ())
     objective = log_partition_variance(environment, policy, group_size=5)
     with pytest.raises(ValueError, match="group_size is 5"):
-        objective.loss(params, jnp.zeros(12, jnp.int32), KEYS, ())
+        jax.eval_shape(objective.loss, params, jnp.zeros(12, jnp.int32), KEYS, ())
 
 
 def test_groups_share_a_condition():

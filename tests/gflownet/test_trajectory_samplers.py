@@ -89,8 +89,13 @@ def test_recorded_flows_and_scores(name):
 def test_stop_probabilities():
     environment, policy = tabular(SMALL["hypergrid_2x5"]())
     tables = tables_with_flow(environment)
-    t = forward_rollout(KEYS, environment, policy, tables)
-    scores = score(environment, policy, tables, t, is_on_policy=True, with_stop=True)
+
+    @jax.jit
+    def both(tables):
+        t = forward_rollout(KEYS, environment, policy, tables)
+        return t, score(environment, policy, tables, t, is_on_policy=True, with_stop=True)
+
+    t, scores = both(tables)
     stopping = np.asarray(t.valid) & (np.asarray(t.actions) == 2)
     np.testing.assert_allclose(scores.log_stop[:-1][stopping], t.log_pf[stopping], atol=1e-6)
     left = np.concatenate([t.valid, np.zeros((1, 12), bool)])
@@ -193,7 +198,7 @@ def test_stored_trajectories_are_scored_anew():
     # A sampler that gives yesterday's trajectories: their recorded values must not be used.
     environment, policy = tabular(SMALL["diamond"]())
     old, new = tables_with_flow(environment, 0), tables_with_flow(environment, 1)
-    stored = forward_rollout(KEYS, environment, policy, old)
+    stored = jax.jit(lambda tables: forward_rollout(KEYS, environment, policy, tables))(old)
     sampler = TrajectorySampler(
         init=lambda key, params, batch: (),
         sample=lambda params, carry, keys, batch: (stored, carry, {}),
@@ -211,7 +216,7 @@ def test_stored_trajectories_are_scored_anew():
         ]
 
     right, wrong = loss(new)
-    fresh = score(environment, policy, new, stored, is_on_policy=False)
+    fresh = jax.jit(lambda: score(environment, policy, new, stored, is_on_policy=False))()
     residual = (fresh.log_pf - fresh.log_pb).sum(axis=0) - stored.log_reward
     assert right == pytest.approx(float(jnp.mean(residual**2)), rel=1e-5)
     assert abs(right - wrong) > 0.1  # the planted bug

@@ -382,25 +382,35 @@ def test_losses_at_the_exact_flow(name, x64):
     every_params = exact_params(environment)
     keys = jax.random.split(jax.random.key(1), NUM)
 
+    def loss_fn(row, t):
+        objective = OBJECTIVES[row].build(environment, policy, given_trajectories(), None)
+        return lambda params: objective.loss(params, (), keys, t)[0]
+
     # Compiled in haste: a program for all objectives runs a few times only.
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    in_haste = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+    @in_haste
     def evaluate(every_params, t):
-        out = {}
-        for row, params in every_params.items():
-            loss = OBJECTIVES[row].build(environment, policy, given_trajectories(), None).loss
-            out[row] = jax.value_and_grad(lambda p, loss=loss: loss(p, (), keys, t)[0])(params)
-        return out
+        return {row: loss_fn(row, t)(params) for row, params in every_params.items()}
+
+    @in_haste
+    def differentiate(every_params, t):
+        return {row: jax.grad(loss_fn(row, t))(params) for row, params in every_params.items()}
 
     tabled = tabulate.__wrapped__(environment)
     for drawn_by, t in rollouts(name, "random").items():
         t = in_double_precision(environment, t)
-        for row, (value, gradient) in evaluate(every_params, t).items():
-            assert value == pytest.approx(0.0, abs=1e-16), (row, drawn_by)
-            for leaf in jax.tree.leaves(gradient):
-                np.testing.assert_allclose(leaf, 0.0, atol=1e-8, err_msg=f"{row} {drawn_by}")
-    # Control: away from it nothing is zero, and all that is learned gets gradient.
-    for row, (value, gradient) in evaluate(shifted(every_params), t).items():
+        for row, value in evaluate(every_params, t).items():
+            assert value == pytest.approx(0.0, abs=1e-15), (row, drawn_by)
+    # Control: away from it nothing is zero. (Nor need the gradient at it be looked at: it is that
+    # of a square.)
+    away = shifted(every_params)
+    for row, value in evaluate(away, t).items():
         assert value > 1e-3, row
+    # All that is learned gets gradient; each row once, on the graph where it compiles soonest.
+    own = {row for row in away if OBJECTIVES[row].needs_stop == (name == "hypergrid_2x5")}
+    away = {row: away[row] for row in own if row.removeprefix("subtrajectory_balance_") == row}
+    for row, gradient in differentiate(away, t).items():
         fixed = [name for name in ("prior", "target") if name in gradient]
         for name in fixed:
             assert not any(leaf.any() for leaf in jax.tree.leaves(gradient[name])), row
@@ -432,11 +442,20 @@ WITHOUT_FLOW = (
 )
 
 
+# One of each way to take a mean over the batch.
+MEANS = (
+    "detailed_balance",
+    "log_partition_variance",
+    "subtrajectory_balance_batch",
+    "subtrajectory_balance_length",
+)
+
+
 def test_devices_share_the_batch():
     # The slices of 1 and of 4 devices have the same mean loss and gradient.
     environment, policy = tabular_of_its_own("hypergrid_2x5")
-    environment = with_energies(environment)
-    every_params = shifted(exact_params(environment))
+    exact_flow = exact_params(environment)
+    every_params = shifted({row: exact_flow[row] for row in MEANS})
     tables = every_params["detailed_balance"]["policy"]
     sampler = forward_sampler(environment, policy)
     keys = jax.random.split(jax.random.key(1), 16)

@@ -2,7 +2,8 @@
 
 from gflownet import conditional, environments, exact, objectives, policies, sampling
 from gflownet.distributions import MaskedCategorical
-from gflownet.rollout import Scores, at_states, backward_rollout, forward_rollout, score
+from gflownet.rollout import backward_rollout, forward_rollout
+from gflownet.scoring import Scores, at_states, score
 from gflownet.types import Environment, Policy, PolicyOutput, Trajectories
 
 __all__ = [

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from ebjax.types import Objective, Params
-from gflownet.rollout import Scores, score
 from gflownet.sampling import TrajectorySampler
+from gflownet.scoring import Scores, score
 from gflownet.types import Environment, Policy, State, Trajectories
 
 __all__ = [

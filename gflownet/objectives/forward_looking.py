@@ -22,7 +22,7 @@ from ebjax.types import Objective, Params
 from gflownet.objectives.detailed_balance import FlowFn, detailed_balance
 from gflownet.objectives.flow_objective import terminal_flow
 from gflownet.objectives.subtrajectory_balance import subtrajectory_balance
-from gflownet.rollout import at_states
+from gflownet.scoring import at_states
 from gflownet.types import Environment, Policy
 
 __all__ = [

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from ebjax.types import Objective, Params
 from gflownet.objectives.flow_objective import flow_objective, over_transitions, target_scores
 from gflownet.objectives.residual_losses import ResidualLoss, huber
-from gflownet.rollout import at_states
 from gflownet.sampling import TrajectorySampler, forward_sampler
+from gflownet.scoring import at_states
 from gflownet.types import Environment, Policy
 
 __all__ = ["modified_detailed_balance", "modified_detailed_balance_residuals"]

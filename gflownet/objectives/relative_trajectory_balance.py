@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from ebjax.types import Objective, Params
 from gflownet.objectives.flow_objective import LogZ, constant_log_z, flow_objective
 from gflownet.objectives.residual_losses import ResidualLoss, squared
-from gflownet.rollout import score
 from gflownet.sampling import TrajectorySampler, forward_sampler
+from gflownet.scoring import score
 from gflownet.types import Environment, Policy
 
 __all__ = ["relative_trajectory_balance", "relative_trajectory_balance_residual"]

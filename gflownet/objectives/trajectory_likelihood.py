@@ -20,8 +20,8 @@ import jax.numpy as jnp
 
 from ebjax.types import Objective, Params
 from gflownet.distributions import MaskedCategorical
-from gflownet.rollout import score
 from gflownet.sampling import TrajectorySampler, forward_sampler, given_trajectories
+from gflownet.scoring import score
 from gflownet.types import Environment, Policy, PolicyOutput
 
 __all__ = ["backward_likelihood", "trajectory_likelihood"]

@@ -52,7 +52,7 @@ class _Tables(NamedTuple):
       can_repeat: [S, A].
       repeated: [S, A, ...] ``step(undo(s, a), a)``.
       child: [S, A] index of ``step(s, a)``, where states are enumerated.
-      index: [S].
+      own_place: [S] index of the state itself.
       observation: [S, O].
       log_reward: [S].
       energy: [S] intermediate energy, zeros where there is none.
@@ -69,7 +69,7 @@ class _Tables(NamedTuple):
     can_repeat: np.ndarray
     repeated: State
     child: np.ndarray
-    index: np.ndarray
+    own_place: np.ndarray
     observation: np.ndarray
     log_reward: np.ndarray
     energy: np.ndarray
@@ -77,12 +77,12 @@ class _Tables(NamedTuple):
     @property
     def is_terminal(self) -> np.ndarray:
         """[S] bool."""
-        return ~self.forward.any(axis=1)
+        return np.logical_not(self.forward.any(axis=1))
 
     @property
     def is_source(self) -> np.ndarray:
         """[S] bool: states without parents."""
-        return ~self.backward.any(axis=1)
+        return np.logical_not(self.backward.any(axis=1))
 
 
 def check_environment(
@@ -167,7 +167,8 @@ def _check_shapes(environment: Environment, reward_params: Params) -> None:
             lambda: jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], states)
         )
     for name, result in results.items():
-        fits = jax.tree.structure(result) == jax.tree.structure(like) and all(
+        is_alike = bool(jax.tree.structure(result) == jax.tree.structure(like))  # type: ignore
+        fits = is_alike and all(
             (a.shape, a.dtype) == (b.shape, b.dtype)
             for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(like), strict=True)
         )
@@ -306,7 +307,7 @@ def _tabulate(
             **jax.vmap(at_action, (None, 0))(state, actions),
             "forward": environment.forward_mask(state),
             "backward": environment.backward_mask(state),
-            "index": jnp.zeros((), jnp.int32) if index_fn is None else index_fn(state),
+            "own_place": jnp.zeros((), jnp.int32) if index_fn is None else index_fn(state),
             "observation": jnp.concatenate(
                 [jnp.ravel(leaf).astype(jnp.result_type(float)) for leaf in observation]
             ),
@@ -410,11 +411,11 @@ def _check_observations(tables: _Tables) -> None:
 
 
 def _check_enumeration(environment: Environment, tables: _Tables) -> None:
-    size = len(tables.index)
-    place = int((tables.index != np.arange(size)).argmax())
+    size = len(tables.own_place)
+    place = int((tables.own_place != np.arange(size)).argmax())
     _require(
-        np.array_equal(tables.index, np.arange(size)),
-        f"state_index of state {place} of enumerate() is {tables.index[place]}.",
+        np.array_equal(tables.own_place, np.arange(size)),
+        f"state_index of state {place} of enumerate() is {tables.own_place[place]}.",
     )
     flat = np.concatenate(
         [np.asarray(leaf).reshape(size, -1) for leaf in jax.tree.leaves(tables.states)], axis=1

@@ -277,25 +277,35 @@ def _any_order(vocabulary: int, length: int):
 
 def _enumeration(vocabulary: int, length: int, order: str):
     """``(number of sequences, all of them, place of one)``, stopped ones apart."""
-    if order == "any_order":
-        base = vocabulary + 1
-        count = base**length
+    return (_all_fillings if order == "any_order" else _all_prefixes)(vocabulary, length)
 
-        def everything():
-            weights = base ** np.arange(length)[::-1]
-            return (np.arange(count)[:, None] // weights % base).astype(np.int32)
 
-        return count, everything, lambda tokens: sequence_index(tokens, base)
+def _digits(count: int, base: int, size: int) -> np.ndarray:
+    """[count, size] int32: 0, ..., count - 1 in base ``base``."""
+    weights = base ** np.arange(size)[::-1]
+    return (np.arange(count)[:, None] // weights % base).astype(np.int32)
 
+
+def _all_fillings(vocabulary: int, length: int):
+    """Any places may be empty: an empty place is one more token."""
+    base = vocabulary + 1
+    count = base**length
+    return (
+        count,
+        lambda: _digits(count, base, length),
+        lambda tokens: sequence_index(tokens, base),
+    )
+
+
+def _all_prefixes(vocabulary: int, length: int):
+    """The last places are empty; shorter ones first."""
     starts = np.concatenate([[0], np.cumsum([vocabulary**size for size in range(length + 1)])])
-    count = int(starts[-1])
 
     def everything():
         blocks = []
         for size in range(length + 1):
-            weights = vocabulary ** np.arange(size)[::-1]
             block = np.full((vocabulary**size, length), vocabulary, np.int32)
-            block[:, :size] = np.arange(vocabulary**size)[:, None] // weights % vocabulary
+            block[:, :size] = _digits(vocabulary**size, vocabulary, size)
             blocks.append(block)
         return np.concatenate(blocks)
 
@@ -305,7 +315,7 @@ def _enumeration(vocabulary: int, length: int, order: str):
         shift = jnp.asarray(vocabulary ** np.arange(length, -1, -1), jnp.int32)[size]
         return full // shift + jnp.asarray(starts[:-1], jnp.int32)[size]
 
-    return count, everything, place
+    return int(starts[-1]), everything, place
 
 
 def discrete_energy(

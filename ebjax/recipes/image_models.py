@@ -24,6 +24,7 @@ from ebjax.objectives.recovery_likelihood import (
     scaled_by_step_size,
 )
 from ebjax.objectives.recovery_schedule import (
+    RecoverySchedule,
     cosine_noise,
     recovery_schedule,
     steps_of_narrow_data,
@@ -93,11 +94,10 @@ def build_model(
     Raises:
       ValueError: if they are asked for and not given.
     """
-    if config.objective == "recovery_likelihood":
-        return _recovery(config, shape)
     if config.normal_pixels and pixels is None:
         raise ValueError("normal_pixels is True: give the pixels of the training images.")
-    return _pcd(config, shape, pixels if config.normal_pixels else None)
+    build = _pcd if config.objective == "pcd" else _recovery
+    return build(config, shape, pixels if config.normal_pixels else None)
 
 
 def _network(config: ImagesConfig) -> Energy:
@@ -185,7 +185,7 @@ def _pcd(config: ImagesConfig, shape: tuple[int, int, int], pixels: Pixels | Non
     )
 
 
-def _recovery(config: ImagesConfig, shape: tuple[int, int, int]) -> Model:
+def _recovery(config: ImagesConfig, shape: tuple[int, int, int], pixels: Pixels | None) -> Model:
     schedule = recovery_schedule(
         cosine_noise(config.num_levels, largest_log_snr=config.largest_log_snr)
     )
@@ -193,9 +193,11 @@ def _recovery(config: ImagesConfig, shape: tuple[int, int, int]) -> Model:
     fraction = steps_of_narrow_data(schedule, config.step_share)
     scaled = scaled_by_step_size(network.apply, schedule, step_fraction=fraction)
 
+    means, deviations = _levels_of_pixels(schedule, pixels, shape)
+
     def energy_fn(params, y, level):
-        # At the start images are N(0, I) at all levels, which is near their second moment.
-        return scaled(params, y, level) + 0.5 * jnp.sum(jnp.square(y))
+        mean, deviation = (jnp.asarray(values, y.dtype)[level] for values in (means, deviations))
+        return scaled(params, y, level) + 0.5 * jnp.sum(jnp.square((y - mean) / deviation))
 
     options: dict[str, Any] = {
         "schedule": schedule,
@@ -243,6 +245,21 @@ def _recovery(config: ImagesConfig, shape: tuple[int, int, int]) -> Model:
         step_size=step_size,
         data_noise=float(schedule.noise[0] / schedule.signal[0]),
     )
+
+
+def _levels_of_pixels(
+    schedule: RecoverySchedule, pixels: Pixels | None, shape: tuple[int, int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation [T, height, width, channels] of y, of images of independent pixels.
+
+    Where these are not known they are N(0, 1), which is near the second moment of images.
+    """
+    mean, deviation = (np.zeros(shape), np.ones(shape)) if pixels is None else pixels
+    signal, noise, scale = (
+        values[: schedule.num_levels].reshape(-1, 1, 1, 1)
+        for values in (schedule.signal, schedule.noise, schedule.scale)
+    )
+    return scale * signal * mean, scale * np.sqrt((signal * deviation) ** 2 + noise**2)
 
 
 def _level_network(config: ImagesConfig) -> Energy:

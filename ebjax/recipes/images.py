@@ -1,8 +1,12 @@
 """An energy of images from a file, learned by sampling.
 
     pcd                    E(x), persistent Langevin chains               p ∝ exp(-E/τ), τ = s²/(2h)
-    pcd, normal_pixels     E(x) + τ Σ (x - m)²/(2 v²), chains from N(m, v²) of the training pixels
     recovery_likelihood    E(y, t), short chains tethered to a noisier x  p_t ∝ exp(-E(·, t))
+
+With ``normal_pixels`` the law that a network begins with is that of independent normal pixels with
+mean m and deviation v of the training images: E = network + τ Σ (x - m)²/(2 v²) and chains from
+N(m, v²), or the law of such images at each noise level. Where most of an image is ground, chains
+from uniform noise may never find it, and energies of data and chains then part.
 
 Images are scaled to [-1, 1]; shapes are [height, width, channels]. The chains of ``pcd`` are far
 colder than exp(-E): step size h and noise scale s are set apart, as image models do, so that what
@@ -71,7 +75,7 @@ class ImagesConfig(AdamConfig):
     energy_regularizer: float = setting(0.01, "pcd: weight of the squared energies in the loss")
     gradient_penalty: float = setting(0.0, "pcd: weight of the squared slope of the energy")
     normal_pixels: bool = setting(
-        False, "pcd: begin with independent normal pixels as the training's, energy and chains both"
+        False, "begin with independent normal pixels as those of the training images"
     )
     reset_margin: float = setting(
         0.0, "pcd: chains lower than the data by more than this are born anew; 0: never"
@@ -204,9 +208,8 @@ def build(config: ImagesConfig) -> Run:
         training_labels=images.labels(images.training[:_MOST_LABELLED_IMAGES]),
         num_values=images.num_values,
     )
-    pixels = pixels_of(sets.training, config.data_noise)
-    model = build_model(config, sets.held_out.shape[1:], pixels)
     noise = config.data_noise if config.objective == "pcd" else 0.0
+    model = build_model(config, sets.held_out.shape[1:], pixels_of(sets.training, noise))
     options: dict[str, Any] = {
         "noise": noise,
         "bounds": BOUNDS if noise else None,

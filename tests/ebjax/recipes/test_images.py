@@ -11,13 +11,20 @@ import pytest
 from sklearn.datasets import load_digits
 
 from ebjax.evaluation import frechet_distance
+from ebjax.objectives.recovery_schedule import recovery_pair, recovery_schedule
 from ebjax.recipes.image_evaluation import (
     ImageSets,
     _normal_log_likelihood,
     likelihood_figures,
     outliers,
 )
-from ebjax.recipes.image_models import Model, build_model, pixels_of
+from ebjax.recipes.image_models import (
+    Model,
+    Pixels,
+    _levels_of_pixels,
+    build_model,
+    pixels_of,
+)
 from ebjax.recipes.images import ImagesConfig, build, load_images, recipe
 from ebjax.samplers import langevin
 from ebjax.training import train
@@ -231,6 +238,24 @@ def test_normal_pixels_are_part_of_the_law_that_is_drawn():
     inside = np.abs(pixels.mean) + 3.0 * pixels.deviation < 1.0  # nearly nothing is clipped
     assert np.abs(z[inside]).max(initial=0.0) < 5.0
     assert starts.std() < 0.9 * np.sqrt(1.0 / 3.0)  # that of uniform noise
+
+
+def test_levels_of_normal_pixels_are_their_law(x64):
+    """Of x = m + v z, diffused and scaled, by moments; without pixels N(0, 1)."""
+    schedule = recovery_schedule([0.1, 0.5, 0.9, 0.999])
+    pixels = Pixels(np.full((1, 1, 1), -0.8), np.full((1, 1, 1), 0.3))
+    means, deviations = _levels_of_pixels(schedule, pixels, (1, 1, 1))
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    x = -0.8 + 0.3 * jax.random.normal(jax.random.key(1), (20_000,))
+    for level in range(3):
+        pair = lambda key, x: recovery_pair(key, x, level, schedule)  # noqa: B023, E731
+        y, _ = jax.vmap(pair)(keys, x)
+        mean, deviation = means[level].item(), deviations[level].item()
+        assert abs(y.mean() - mean) < 5.0 * deviation / np.sqrt(20_000)
+        assert abs(y.std() / deviation - 1.0) < 5.0 / np.sqrt(2.0 * 20_000)
+    means, deviations = _levels_of_pixels(schedule, None, (1, 1, 1))
+    assert np.all(means == 0.0)
+    assert np.allclose(deviations, schedule.scale.reshape(3, 1, 1, 1))
 
 
 SHORT = {

@@ -11,7 +11,9 @@ The flow then looks forward by the potential, corrected so that it sums to log R
     δ(s, s') = log F̃(s) + log P_F(s' | s) - log F̃(s') - log P_B(s | s') - φ̄_t,    F̃(x) = 1
 
 The correction belongs to the trajectory and not to the edge, so the target is exact once Σ φ = log
-R on all paths: watch ``potential_error`` go to 0. A stop has no potential to learn, φ = 0.
+R on all paths: watch ``potential_error`` go to 0. With γ > 0 it does not where steps earn unequal
+parts, for the fit then gives up some of the sum to be even, and the law stays off by as much. A
+stop has no potential to learn, φ = 0.
 
 Jang, Kim and Ahn, "Learning energy decompositions for partial inference of GFlowNets", ICLR 2024.
 """

@@ -108,8 +108,8 @@ class HypergridConfig(TrainingConfig):
         "mdb, soft_dqn, munchausen, tlm: how fast a target network follows; 0: none",
         follows="objective",
     )
-    potential_dropout: float = setting(0.1, "led: chance that a step is left out of the fit")
-    potential_learning_rate: float = setting(1e-3, "led: learning rate of the potential")
+    potential_dropout: float = setting(0.0, "led: chance that a step is left out of the fit")
+    potential_learning_rate: float = setting(1e-2, "led: learning rate of the potential")
 
     def __post_init__(self) -> None:
         """Fills in what follows the objective, then checks types and ranges."""

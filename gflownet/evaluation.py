@@ -28,6 +28,7 @@ from gflownet.types import Environment, Policy, State
 
 __all__ = [
     "FlowBounds",
+    "bounds_of_weights",
     "correlations",
     "evidence_bounds",
     "log_probabilities",
@@ -140,24 +141,37 @@ def evidence_bounds(
     weights, _ = _weights(environment, policy, False)(
         jax.random.split(forward_key, num_trajectories), params, reward_params, start
     )
-    w = np.asarray(weights, np.float64)
-    shares = np.exp(w - w.max())
-    size = float(shares.sum() ** 2 / np.square(shares).sum())
-    variance = float(shares.var(ddof=1) / shares.mean() ** 2 / len(w))
-    upper = error = None
+    back = None
     if targets is not None:
         count = len(jax.tree.leaves(targets)[0])
         back, _ = _weights(environment, policy, True)(
             jax.random.split(backward_key, count), params, reward_params, targets
         )
-        back = np.asarray(back, np.float64)
+    return bounds_of_weights(weights, back)
+
+
+def bounds_of_weights(weights: Any, target_weights: Any = None) -> FlowBounds:
+    """Bounds and an estimate of log Z from w of trajectories in both directions.
+
+    Args:
+      weights: [N] w of trajectories of P_F, at least 2.
+      target_weights: [M] w of trajectories that P_B drew from targets.
+
+    >>> bounds_of_weights(np.zeros(4)).log_z
+    0.0
+    """
+    w = np.asarray(weights, np.float64)
+    shares = np.exp(w - w.max())
+    upper = error = None
+    if target_weights is not None:
+        back = np.asarray(target_weights, np.float64)
         upper, error = float(back.mean()), float(back.std(ddof=1) / np.sqrt(len(back)))
     return FlowBounds(
         elbo=float(w.mean()),
         elbo_standard_error=float(w.std(ddof=1) / np.sqrt(len(w))),
         log_z=float(_log_mean_exp(w)),
-        log_z_standard_error=float(np.sqrt(variance)),
-        effective_sample_size=size,
+        log_z_standard_error=float(np.sqrt(shares.var(ddof=1) / len(w)) / shares.mean()),
+        effective_sample_size=float(shares.sum() ** 2 / np.square(shares).sum()),
         eubo=upper,
         eubo_standard_error=error,
     )

@@ -37,6 +37,7 @@ RECIPES = {
     "jarzynski": "ebjax.recipes.jarzynski",
     "jem": "ebjax.recipes.jem",
     "rbm": "ebjax.recipes.rbm",
+    "diffusion": "gflownet.recipes.diffusion",
     "hypergrid": "gflownet.recipes.hypergrid",
 }
 

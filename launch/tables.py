@@ -188,11 +188,42 @@ def _stability() -> Table:
     )
 
 
+def _diffusion() -> Table:
+    arms: dict[str, dict[str, Any]] = {
+        "pis": {"loss": "pis"},
+        "tb": {"exploration": 0.0, "local_search_steps": 0},
+        "tb-exploration": {"local_search_steps": 0},
+        "vargrad-exploration": {"loss": "vargrad", "local_search_steps": 0},
+        "tb-local-search": {},
+        "tb-local-search-slope": {"uses_slope": True},
+    }
+    sizes: dict[str, dict[str, Any]] = {
+        "twenty_five_gaussians": {},
+        "funnel": {},
+        "many_well": {"local_search_step_size": 0.02},
+    }
+    return Table(
+        "Diffusion samplers by loss and exploration: gaps to log Z from both sides",
+        tuple(
+            Row(f"{target}-{name}", "diffusion", {"target": target, **size, **arm})
+            for target, size in sizes.items()
+            for name, arm in arms.items()
+        ),
+        ("elbo_gap", "log_z_error", "eubo_gap", "modes_covered", "largest_side_error"),
+        seeds=3,
+        bars=(
+            Bar("twenty_five_gaussians-tb-local-search", "modes_covered", low=25),
+            Bar("twenty_five_gaussians-tb-local-search", "elbo_gap", high=0.8),
+        ),
+    )
+
+
 TABLES = {
     "hypergrid": _hypergrid(),
     "jarzynski": _jarzynski(),
     "energy_ood": _energy_ood(),
     "jem": _jem(),
+    "diffusion": _diffusion(),
     "objectives_2d": _objectives_2d(),
     "stability": _stability(),
 }

@@ -1,0 +1,369 @@
+"""Diffusion samplers: GFlowNets that draw from a continuous energy by a controlled random walk.
+
+From s_0 = 0, with T steps of length dt = 1 / T,
+
+    P_F   s_{i+1} = s_i + u(s_i, i dt) dt + σ √dt ε
+    P_B   the Brownian bridge back to 0, which has nothing to learn
+
+The path without drift has the same bridge and ends at N(0, σ² I): all but the drift cancels, and
+
+    w(τ) = log R(x) - log N(x; 0, σ² I) - Σ_i [u_i · (s_{i+1} - s_i) / σ² - |u_i|² dt / (2 σ²)]
+
+is log R + log P_B - log P_F, whatever noise moved the path. E exp w = Z at any drift; w = log Z on
+every path at the best one, as the number of steps grows.
+
+    tb        (log Z - w)² with a learned log Z
+    vargrad   (w - mean w)²
+    pis       -w on paths of the policy itself, with gradient through the path (reverse KL)
+
+The learned log Z of ``tb`` follows the mean of w and not log Z; quote ``FlowBounds``. On-policy
+training loses modes that it once forgot. ``local_search_steps`` moves Metropolis-adjusted Langevin
+chains, one an example slot, born from the policy's draws; half of the paths are then bridges back
+from where these chains are.
+
+Zhang and Chen, "Path integral sampler", ICLR 2022. Lahlou et al., "A theory of continuous
+generative flow networks", ICML 2023. Sendera et al., "Improved off-policy training of diffusion
+samplers", NeurIPS 2024 (local search, the network).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ebjax.samplers import mala
+from ebjax.samplers.run import run_chain
+from ebjax.types import EnergyFn, Objective, Params, bind
+from gflownet.policies.diffusion import DiffusionPolicy
+
+__all__ = [
+    "DIFFUSION_LOSSES",
+    "DiffusionProcess",
+    "backward_path",
+    "control_of",
+    "diffusion_objective",
+    "draw",
+    "forward_path",
+    "log_weight",
+    "target_log_weight",
+]
+
+DIFFUSION_LOSSES = ("tb", "vargrad", "pis")
+
+Drift = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class DiffusionProcess(NamedTuple):
+    """``num_steps`` T >= 1 and ``variance`` σ² > 0 of the walk without drift at its end."""
+
+    num_steps: int
+    variance: float
+
+    def check(self) -> None:
+        """Raises ``ValueError`` naming the setting that is out of range."""
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps is {self.num_steps}; a path has at least 1 step.")
+        if not (math.isfinite(self.variance) and self.variance > 0.0):
+            raise ValueError(f"variance is {self.variance}; it must be a positive number.")
+
+
+def _bound_drift(
+    policy: DiffusionPolicy, params: Params, energy_fn: EnergyFn, energy_params: Params
+) -> Drift:
+    """``(x, time) -> u``; the slope of the energy is a constant to the objective."""
+
+    def drift(x, time):
+        slope = None
+        if policy.uses_slope:
+            slope = -jax.lax.stop_gradient(jax.grad(energy_fn, argnums=1)(energy_params, x))
+        return policy.drift(params, x, time, slope)
+
+    return drift
+
+
+def forward_path(
+    key: jax.Array,
+    process: DiffusionProcess,
+    drift: Drift,
+    dim: int,
+    *,
+    exploration: jax.Array | float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
+    """One path of the policy, and its control term ``Σ [u · Δs / σ² - |u|² dt / (2 σ²)]``.
+
+    Args:
+      key: of the noise.
+      process: steps and variance.
+      drift: ``(x, time) -> u``.
+      dim: D.
+      exploration: c, further noise of each step: its variance is σ² dt + c².
+
+    Returns:
+      ``(path [T + 1, D], control [])``; gradients flow through both.
+    """
+    step = 1.0 / process.num_steps
+    deviation = jnp.sqrt(process.variance * step + jnp.square(exploration))
+
+    def body(carry, inputs):
+        x, control = carry
+        noise, time = inputs
+        u = drift(x, time)
+        move = u * step + deviation * noise
+        control += (u @ move - 0.5 * step * u @ u) / process.variance
+        return (x + move, control), x + move
+
+    noises = jax.random.normal(key, (process.num_steps, dim))
+    start = jnp.zeros(dim)
+    times = jnp.arange(process.num_steps) * step
+    (_, control), path = jax.lax.scan(body, (start, jnp.zeros(())), (noises, times))
+    return jnp.concatenate([start[None], path]), control
+
+
+def backward_path(key: jax.Array, process: DiffusionProcess, x: jax.Array) -> jax.Array:
+    """[T + 1, D] a Brownian bridge from 0 to ``x``."""
+    count = process.num_steps
+    noise = jax.random.normal(key, (count, *x.shape))
+    walk = jnp.cumsum(noise, axis=0) * math.sqrt(process.variance / count)
+    share = (jnp.arange(1, count + 1) / count).reshape(-1, *[1] * x.ndim)
+    path = walk + share * (x - walk[-1])
+    return jnp.concatenate([jnp.zeros_like(x)[None], path.at[-1].set(x)])
+
+
+def control_of(process: DiffusionProcess, drift: Drift, path: jax.Array) -> jax.Array:
+    """[] the control term of a given path [T + 1, D], all steps at once."""
+    step = 1.0 / process.num_steps
+    u = jax.vmap(drift)(path[:-1], jnp.arange(process.num_steps) * step)
+    moves = path[1:] - path[:-1]
+    return (jnp.sum(u * moves) - 0.5 * step * jnp.sum(jnp.square(u))) / process.variance
+
+
+def log_weight(
+    process: DiffusionProcess, energy: jax.Array, x: jax.Array, control: jax.Array
+) -> jax.Array:
+    """[] w of a path that ends at ``x`` [D] with ``energy`` = -log R(x)."""
+    square = jnp.sum(jnp.square(x)) / process.variance
+    log_reference = -0.5 * (square + x.size * math.log(2.0 * math.pi * process.variance))
+    return -energy - log_reference - control
+
+
+def draw(
+    key: jax.Array,
+    process: DiffusionProcess,
+    policy: DiffusionPolicy,
+    params: Params,
+    energy_fn: EnergyFn,
+    energy_params: Params,
+    dim: int,
+) -> tuple[jax.Array, jax.Array]:
+    """One draw: ``(x [D], w [])``; expectations under R / Z are means weighted by exp w."""
+    drift = _bound_drift(policy, params, energy_fn, energy_params)
+    path, control = forward_path(key, process, drift, dim)
+    return path[-1], log_weight(process, energy_fn(energy_params, path[-1]), path[-1], control)
+
+
+def target_log_weight(
+    key: jax.Array,
+    process: DiffusionProcess,
+    policy: DiffusionPolicy,
+    params: Params,
+    energy_fn: EnergyFn,
+    energy_params: Params,
+    x: jax.Array,
+) -> jax.Array:
+    """[] w of a bridge back from ``x`` [D], a draw of the target: above log Z on average."""
+    drift = _bound_drift(policy, params, energy_fn, energy_params)
+    control = control_of(process, drift, backward_path(key, process, x))
+    return log_weight(process, energy_fn(energy_params, x), x, control)
+
+
+class _Chains(NamedTuple):
+    """``position`` [B, D] of the local search and ``age`` [B], the number of updates."""
+
+    position: jax.Array
+    age: jax.Array
+
+
+class _Rules(NamedTuple):
+    """The options of ``diffusion_objective``."""
+
+    energy_fn: EnergyFn
+    policy: DiffusionPolicy
+    process: DiffusionProcess
+    dim: int
+    loss: str
+    exploration: Callable[[jax.Array], jax.Array] | float
+    energy_params: Params
+    local_search_steps: int
+    local_search_step_size: float
+    rebirth_probability: float
+    axis_name: str | None
+
+
+def diffusion_objective(
+    energy_fn: EnergyFn,
+    policy: DiffusionPolicy,
+    process: DiffusionProcess,
+    dim: int,
+    *,
+    loss: str = "tb",
+    exploration: Callable[[jax.Array], jax.Array] | float = 0.0,
+    energy_params: Params = (),
+    local_search_steps: int = 0,
+    local_search_step_size: float = 0.1,
+    rebirth_probability: float = 0.02,
+    axis_name: str | None = None,
+) -> Objective:
+    """Builds the objective: one path an example slot and update.
+
+    Args:
+      energy_fn: ``(energy_params, x [D]) -> []``, -log R.
+      policy: the drift.
+      process: steps and variance.
+      dim: D.
+      loss: "tb", "vargrad" or "pis".
+      exploration: c, further noise of each step, a number or a schedule of the update count. Not
+        with "pis".
+      energy_params: parameters of the energy.
+      local_search_steps: Metropolis-adjusted Langevin steps that each slot's chain takes an update;
+        0 has no chains and all paths are the policy's. Not with "pis".
+      local_search_step_size: h of these.
+      rebirth_probability: chance that a chain goes on from the policy's draw.
+      axis_name: the mapped axis of devices, over which "vargrad" takes its mean.
+
+    Returns:
+      An ``Objective`` whose parameters are ``{"policy": ..., "log_z": []}`` (without ``log_z``
+      unless "tb"), and whose batch is not used. Metrics: ``elbo`` (mean w of the policy's paths,
+      below log Z without exploration), ``log_z`` with "tb", ``log_reward``, ``exploration``, and
+      ``acceptance_rate`` of the chains.
+
+    Raises:
+      ValueError: naming the option that is out of range.
+    """
+    process.check()
+    if loss not in DIFFUSION_LOSSES:
+        raise ValueError(f"loss is {loss!r}; it must be one of {', '.join(DIFFUSION_LOSSES)}.")
+    if local_search_steps < 0:
+        raise ValueError(f"local_search_steps is {local_search_steps}; it must be at least 0.")
+    is_off_policy = local_search_steps > 0 or callable(exploration) or exploration != 0.0
+    if loss == "pis" and is_off_policy:
+        raise ValueError(
+            "loss is 'pis', an expectation under the policy itself; exploration and "
+            "local_search_steps must be 0."
+        )
+    if not 0.0 <= rebirth_probability <= 1.0:
+        raise ValueError(f"rebirth_probability is {rebirth_probability}; it must be in [0, 1].")
+    rules = _Rules(
+        energy_fn,
+        policy,
+        process,
+        dim,
+        loss,
+        exploration,
+        energy_params,
+        local_search_steps,
+        local_search_step_size,
+        rebirth_probability,
+        axis_name,
+    )
+    return Objective(init=bind(_init, rules=rules), loss=bind(_loss, rules=rules))
+
+
+def _init(key, params, batch, *, rules: _Rules):
+    del params
+    size = len(jax.tree.leaves(batch)[0])
+    noise = jax.random.normal(key, (size, rules.dim))
+    return _Chains(math.sqrt(rules.process.variance) * noise, jnp.zeros(size, jnp.int32))
+
+
+def _loss(params, carry: _Chains, keys, batch, *, rules: _Rules):
+    del batch
+    share = rules.exploration(carry.age[0]) if callable(rules.exploration) else rules.exploration
+    share = jnp.maximum(share, 0.0)
+    drift = _bound_drift(rules.policy, params["policy"], rules.energy_fn, rules.energy_params)
+    draw_keys, chain_keys, bridge_keys = jax.vmap(lambda k: jax.random.split(k, 3), out_axes=1)(
+        keys
+    )
+    metrics: dict[str, jax.Array] = {}
+    if rules.loss == "pis":
+        paths, controls = jax.vmap(lambda key: forward_path(key, rules.process, drift, rules.dim))(
+            draw_keys
+        )
+        weights, energies = _weights(rules, paths[:, -1], controls)
+        value = -weights.mean()
+        carry = carry._replace(age=carry.age + 1)
+        return value, (carry, {"elbo": weights.mean(), "log_reward": -energies.mean()})
+
+    frozen = _bound_drift(
+        rules.policy,
+        jax.lax.stop_gradient(params["policy"]),
+        rules.energy_fn,
+        rules.energy_params,
+    )
+    paths, _ = jax.vmap(
+        lambda key: forward_path(key, rules.process, frozen, rules.dim, exploration=share)
+    )(draw_keys)
+    is_own = jnp.ones(len(keys), bool)
+    if rules.local_search_steps:
+        carry, acceptance = _search(chain_keys, rules, carry, paths[:, -1])
+        bridges = jax.vmap(lambda key, x: backward_path(key, rules.process, x))(
+            bridge_keys, carry.position
+        )
+        # Slots take turns, so that each chain is looked at every other update.
+        is_own = (jnp.arange(len(keys)) + carry.age) % 2 == 0
+        paths = jnp.where(is_own[:, None, None], paths, bridges)
+        metrics["acceptance_rate"] = acceptance
+    paths = jax.lax.stop_gradient(paths)
+    controls = jax.vmap(lambda path: control_of(rules.process, drift, path))(paths)
+    weights, energies = _weights(rules, paths[:, -1], controls)
+    if rules.loss == "tb":
+        residuals = params["log_z"] - weights
+        metrics["log_z"] = params["log_z"]
+    else:
+        mean = jax.lax.stop_gradient(weights.mean())
+        if rules.axis_name is not None:
+            mean = jax.lax.pmean(mean, rules.axis_name)
+        residuals = weights - mean
+    num_own = jnp.maximum(is_own.sum(), 1)
+    metrics |= {
+        "elbo": jnp.sum(jnp.where(is_own, weights, 0.0)) / num_own,
+        "log_reward": jnp.sum(jnp.where(is_own, -energies, 0.0)) / num_own,
+        "exploration": share,
+    }
+    carry = carry._replace(age=carry.age + 1)
+    return jnp.mean(jnp.square(residuals)), (carry, metrics)
+
+
+def _weights(rules: _Rules, ends: jax.Array, controls: jax.Array) -> tuple[jax.Array, jax.Array]:
+    energies = jax.vmap(rules.energy_fn, (None, 0))(rules.energy_params, ends)
+    return jax.vmap(lambda e, x, c: log_weight(rules.process, e, x, c))(
+        energies, ends, controls
+    ), energies
+
+
+def _search(keys, rules: _Rules, carry: _Chains, drawn: jax.Array) -> tuple[_Chains, Any]:
+    """Chains take their steps; some go on from what the policy drew."""
+    kernel = mala(step_size=rules.local_search_step_size)
+
+    def one(key, position, fresh):
+        birth_key, chain_key = jax.random.split(key)
+        is_born = jax.random.bernoulli(birth_key, rules.rebirth_probability)
+        position = jnp.where(is_born | ~jnp.isfinite(position).all(), fresh, position)
+        state = kernel.init(rules.energy_fn, rules.energy_params, position)
+        state, info = run_chain(
+            chain_key,
+            kernel,
+            rules.energy_fn,
+            rules.energy_params,
+            state,
+            rules.local_search_steps,
+        )
+        return state.position, info.acceptance_rate
+
+    # All chains are born at the first update: there was no policy before.
+    positions = jnp.where((carry.age == 0)[:, None], drawn, carry.position)
+    positions, acceptance = jax.vmap(one)(keys, positions, drawn)
+    return carry._replace(position=positions), acceptance.mean()

@@ -1,0 +1,255 @@
+"""A diffusion sampler of a continuous energy, trained as a GFlowNet and judged by exact samples.
+
+``elbo`` and ``eubo`` bound log Z from both sides; ``log_z`` is the importance-weighted estimate
+between them. A sampler that lost modes has a small gap to its own ELBO and a large one to the EUBO,
+which exact draws of the target are pushed back through the walk to get.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ebjax.energies import targets
+from ebjax.parallel import AXIS_NAME
+from ebjax.training import (
+    AdamConfig,
+    by_group,
+    check_at_least,
+    check_between,
+    setting,
+)
+from ebjax.types import Recipe, Run, Source, Target, TrainState
+from gflownet.diffusion import (
+    DIFFUSION_LOSSES,
+    DiffusionProcess,
+    diffusion_objective,
+    draw,
+    target_log_weight,
+)
+from gflownet.policies.diffusion import diffusion_policy
+
+__all__ = ["DiffusionConfig", "recipe"]
+
+
+def _grid_of_gaussians() -> Target:
+    """25 Gaussians of variance 0.3 on the grid {-10, -5, 0, 5, 10}²."""
+    line = np.linspace(-10.0, 10.0, 5)
+    means = np.stack(np.meshgrid(line, line, indexing="ij"), axis=-1).reshape(-1, 2)
+    return targets.gaussian_mixture(means, 0.3**0.5)
+
+
+# Target, and the variance of the walk without drift.
+_TARGETS: dict[str, tuple[Callable[[int], Target], float]] = {
+    "nine_gaussians": (lambda dim: targets.nine_gaussians(), 5.0),
+    "twenty_five_gaussians": (lambda dim: _grid_of_gaussians(), 5.0),
+    "funnel": (lambda dim: targets.funnel(dim or 10), 1.0),
+    "many_well": (lambda dim: targets.many_well(dim or 32), 1.0),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiffusionConfig(AdamConfig):
+    """Settings of a diffusion sampler."""
+
+    target: str = setting("nine_gaussians", f"the energy: {', '.join(_TARGETS)}")
+    target_dim: int = setting(0, "funnel, many_well: dimensions; 0: 10 and 32")
+    loss: str = setting("tb", f"what is minimised: {', '.join(DIFFUSION_LOSSES)}")
+    num_steps: int = setting(2000)
+    batch_size: int = setting(256)
+    steps_per_call: int = setting(20)
+    ema_decay: float = setting(0.99)
+    learning_rate: float = setting(1e-3)
+    gradient_clip: float = setting(10.0)
+    log_z_learning_rate: float = setting(0.1, "tb: learning rate of log Z")
+    path_steps: int = setting(40, "T, steps of a path")
+    variance: float = setting(0.0, "of the walk without drift at its end; 0: as the target needs")
+    features: int = setting(64, "width of the network")
+    num_layers: int = setting(2, "hidden layers of the network")
+    uses_slope: bool = setting(False, "whether the drift follows the slope of the energy")
+    exploration: float = setting(0.2, "further noise of a step, at the start; not with pis")
+    exploration_decay_steps: int = setting(-1, "when it has fallen to 0", follows="num_steps")
+    local_search_steps: int = setting(2, "steps of each slot's chain in an update; not with pis")
+    local_search_step_size: float = setting(0.05, "of these chains")
+    rebirth_probability: float = setting(0.02, "chance that a chain goes on from a new draw")
+    num_evaluated: int = setting(2000, "paths in each direction when the sampler is judged")
+
+    def __post_init__(self) -> None:
+        """Checks types and ranges."""
+        if self.loss == "pis":
+            object.__setattr__(self, "exploration", 0.0)
+            object.__setattr__(self, "local_search_steps", 0)
+        super().__post_init__()
+        for name, known in (("target", tuple(_TARGETS)), ("loss", DIFFUSION_LOSSES)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}."
+                )
+        check_at_least(self, 1, "path_steps", "features", "num_layers")
+        check_at_least(self, 2, "num_evaluated")
+        check_at_least(self, 0, "variance", "log_z_learning_rate", "exploration", "target_dim")
+        check_at_least(self, 0, "exploration_decay_steps", "local_search_steps")
+        check_at_least(self, 1e-9, "local_search_step_size")
+        check_between(self, 0, 1, "rebirth_probability")
+
+
+def build(config: DiffusionConfig) -> Run:
+    """Makes the run of a config."""
+    make, variance = _TARGETS[config.target]
+    target = make(config.target_dim)
+    assert target.log_z is not None
+    assert target.sample is not None
+    exact_log_z, exact_sample = target.log_z, target.sample
+    dim = target.event_shape[0]
+    process = DiffusionProcess(config.path_steps, config.variance or variance)
+    policy = diffusion_policy(
+        dim,
+        features=config.features,
+        num_layers=config.num_layers,
+        uses_slope=config.uses_slope,
+    )
+    exploration: Any = 0.0
+    if config.exploration:
+        exploration = optax.linear_schedule(config.exploration, 0.0, config.exploration_decay_steps)
+    objective = diffusion_objective(
+        target.energy,
+        policy,
+        process,
+        dim,
+        loss=config.loss,
+        exploration=exploration,
+        local_search_steps=config.local_search_steps,
+        local_search_step_size=config.local_search_step_size,
+        rebirth_probability=config.rebirth_probability,
+        axis_name=AXIS_NAME,
+    )
+    has_log_z = config.loss == "tb"
+
+    def init(key):
+        params = {"policy": policy.init(key)}
+        return {**params, "log_z": jnp.zeros(())} if has_log_z else params
+
+    optimizers = {"policy": config.optimizer()}
+    if has_log_z:
+        optimizers["log_z"] = config.optimizer(config.log_z_learning_rate)
+
+    @jax.jit
+    def draw_many(keys, params):
+        return jax.vmap(
+            lambda key: draw(key, process, policy, params["policy"], target.energy, (), dim)
+        )(keys)
+
+    @jax.jit
+    def push_back(keys, params):
+        def one(key):
+            sample_key, bridge_key = jax.random.split(key)
+            x = exact_sample(sample_key)
+            return target_log_weight(
+                bridge_key, process, policy, params["policy"], target.energy, (), x
+            )
+
+        return jax.vmap(one)(keys)
+
+    def sample(key, state: TrainState, num_samples: int):
+        positions, weights = draw_many(jax.random.split(key, num_samples), state.ema)
+        return {"positions": np.asarray(positions), "log_weights": np.asarray(weights)}
+
+    def bounds_of(key, state: TrainState, num: int):
+        from gflownet.evaluation import bounds_of_weights
+
+        forward_key, backward_key = jax.random.split(key)
+        positions, weights = draw_many(jax.random.split(forward_key, num), state.ema)
+        back = push_back(jax.random.split(backward_key, num), state.ema)
+        return bounds_of_weights(weights, back), np.asarray(positions)
+
+    def exact_draws(key, num: int) -> np.ndarray:
+        return np.asarray(jax.jit(jax.vmap(exact_sample))(jax.random.split(key, num)))
+
+    def monitor(key, state: TrainState):
+        bounds, _ = bounds_of(key, state, 500)
+        assert bounds.eubo is not None
+        return {"gap": bounds.eubo - bounds.elbo}
+
+    def evaluate(key, state: TrainState):
+        from ebjax.evaluation import maximum_mean_discrepancy
+
+        draw_key, data_key, other_key = jax.random.split(key, 3)
+        bounds, positions = bounds_of(draw_key, state, config.num_evaluated)
+        assert bounds.eubo is not None
+        figures = {
+            "elbo_gap": exact_log_z - bounds.elbo,
+            "log_z_error": bounds.log_z - exact_log_z,
+            "log_z_standard_error": bounds.log_z_standard_error,
+            "eubo_gap": bounds.eubo - exact_log_z,
+            "effective_share": bounds.effective_sample_size / config.num_evaluated,
+        }
+        held_out = exact_draws(data_key, config.num_evaluated)
+        other = exact_draws(other_key, config.num_evaluated)
+        figures["mmd"] = maximum_mean_discrepancy(positions, held_out)
+        figures["mmd_of_exact_samples"] = maximum_mean_discrepancy(other, held_out)
+        figures |= _mode_figures(target, positions, held_out)
+        return figures
+
+    def figures(key, state: TrainState, samples):
+        return {"samples": _scatter(samples["positions"], exact_draws(key, 2000), config.target)}
+
+    return Run(
+        init=init,
+        objective=objective,
+        optimizer=by_group(optimizers),
+        source=Source((), lambda arrays, key, position: position),
+        sample=sample,
+        evaluate=evaluate,
+        figures=figures,
+        monitor=monitor,
+        monitor_name="gap",
+        progress=("loss", "elbo", "log_reward", "gradient_norm"),
+    )
+
+
+def _mode_figures(target: Target, drawn: np.ndarray, exact: np.ndarray) -> dict[str, float]:
+    """Share of the draws by nearest mode, or by the sign of each coordinate where wells are."""
+    if target.modes is None or len(target.modes) > 100:
+        # What is lost first: the side of a coordinate that has less mass.
+        ours, theirs = (drawn > 0).mean(axis=0), (exact > 0).mean(axis=0)
+        return {"largest_side_error": float(np.abs(ours - theirs).max())}
+    modes = np.asarray(target.modes)
+
+    def shares(points):
+        nearest = np.square(points[:, None] - modes).sum(-1).argmin(-1)
+        return np.bincount(nearest, minlength=len(modes)) / len(points)
+
+    ours = shares(drawn)
+    return {
+        "num_modes": float(len(modes)),
+        "modes_covered": float(np.sum(ours > 0.25 / len(modes))),
+        "mode_mass_error": float(0.5 * np.abs(ours - shares(exact)).sum()),
+    }
+
+
+def _scatter(drawn: np.ndarray, exact: np.ndarray, title: str):
+    """The first two coordinates of draws beside exact ones."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.0, 4.2), dpi=120, layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, points, name in zip(
+        panels, (exact, drawn), ("exact draws", "diffusion sampler"), strict=True
+    ):
+        axes.scatter(points[:, 0], points[:, 1], s=3, alpha=0.5, linewidths=0, color="#2a6f97")
+        axes.set_title(f"{title.replace('_', ' ')}: {name}", fontsize=10)
+        axes.set_xlabel("first coordinate", fontsize=8)
+    panels[0].set_ylabel("second coordinate", fontsize=8)
+    edge = 1.3 * float(np.abs(exact[:, :2]).max())
+    panels[0].set_xlim(-edge, edge)
+    panels[0].set_ylim(-edge, edge)
+    return figure
+
+
+recipe = Recipe(DiffusionConfig, build)

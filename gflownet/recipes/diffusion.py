@@ -197,7 +197,11 @@ def build(config: DiffusionConfig) -> Run:
         return figures
 
     def figures(key, state: TrainState, samples):
-        return {"samples": _scatter(samples["positions"], exact_draws(key, 2000), config.target)}
+        return {
+            "samples": _scatter(
+                samples["positions"], exact_draws(key, len(samples["positions"])), config.target
+            )
+        }
 
     return Run(
         init=init,

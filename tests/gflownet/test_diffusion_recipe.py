@@ -1,0 +1,72 @@
+"""The diffusion recipe: a short run, figures of merit, settings that exclude each other."""
+
+import importlib
+
+import jax
+import pytest
+
+from ebjax.training import train
+from gflownet.recipes.diffusion import DiffusionConfig, build, recipe
+
+module = importlib.import_module("gflownet.recipes.diffusion")
+
+
+@pytest.fixture(scope="module")
+def trained():
+    config = DiffusionConfig(
+        num_steps=4,
+        steps_per_call=2,
+        log_every=2,
+        checkpoint_every=4,
+        batch_size=8,
+        path_steps=4,
+        features=8,
+        num_layers=1,
+        num_evaluated=64,
+        num_devices=1,
+    )
+    return config, build(config), train(build(config), config)
+
+
+def test_a_short_run_gives_all_figures(trained):
+    _, run, result = trained
+    state = result.state
+    figures = run.evaluate(jax.random.key(0), state)
+    assert figures["num_modes"] == 9.0
+    assert figures["eubo_gap"] > 0.0
+    assert figures["elbo_gap"] > figures["log_z_error"] * -1.0
+    assert 0.0 < figures["effective_share"] <= 1.0
+    draws = run.sample(jax.random.key(1), state, 20)
+    assert draws["positions"].shape == (20, 2)
+    assert set(run.figures(jax.random.key(2), state, draws)) == {"samples"}
+    assert set(run.monitor(jax.random.key(3), state)) == {"gap"}
+
+
+@pytest.mark.parametrize("loss", ["vargrad", "pis"])
+def test_losses_without_log_z_have_none(loss):
+    config = DiffusionConfig(loss=loss, features=4, path_steps=2)
+    params = jax.eval_shape(build(config).init, jax.random.key(0))
+    assert set(params) == {"policy"}
+    assert (config.exploration == 0.0) == (loss == "pis")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target": "moon"}, "target is 'moon'"),
+        ({"loss": "db"}, "loss is 'db'"),
+        ({"path_steps": 0}, "path_steps is 0"),
+        ({"rebirth_probability": 1.5}, "rebirth_probability is 1.5"),
+        ({"local_search_step_size": 0.0}, "local_search_step_size is 0.0"),
+    ],
+)
+def test_impossible_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DiffusionConfig(**settings)
+
+
+@pytest.mark.parametrize("target", list(module._TARGETS))
+def test_every_target_has_what_the_figures_need(target):
+    run = build(DiffusionConfig(target=target, features=4, path_steps=2))
+    assert recipe.build is build
+    assert run.monitor_name == "gap"

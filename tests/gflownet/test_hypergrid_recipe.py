@@ -58,15 +58,16 @@ def test_slow_log_z_does_not_learn():
     assert outcome["total_variation"] > 0.1
 
 
-def variation(seed=0, **options):
-    """Exact total variation at the start and after training, and the error of log Z."""
+def trained(seed=0, **options):
+    """A run, its state at the start and its state after training."""
     config = HypergridConfig(seed=seed, checkpoint_every=10**6, log_every=10**6, **options)
     made = build(config)
     state = train(made, config).state
-    fresh = state._replace(ema=made.init(jax.random.key(seed)))
-    figures = [made.monitor(jax.random.key(0), each) for each in (fresh, state)]
-    merit = made.evaluate(jax.random.key(0), state)
-    return *(each["total_variation"] for each in figures), merit["log_z_error"]
+    return made, state._replace(ema=made.init(jax.random.key(seed))), state
+
+
+def variation(made, state):
+    return made.monitor(jax.random.key(0), state)["total_variation"]
 
 
 @pytest.mark.slow
@@ -74,16 +75,16 @@ def variation(seed=0, **options):
 def test_objectives_learn(objective):
     # A potential is learned from the rewards seen, and takes longer where most are tiny.
     options = {"reward_floor": 0.1} if objective == "led" else {}
-    _, after, log_z_error = variation(objective=objective, **options)
+    made, _, state = trained(objective=objective, **options)
     # 16,000 draws of the target are all that forward_kl sees: themselves they are off by 0.02.
-    assert after < (0.03 if objective == "forward_kl" else 0.01)
-    assert log_z_error < 0.05
+    assert variation(made, state) < (0.03 if objective == "forward_kl" else 0.01)
+    assert made.evaluate(jax.random.key(0), state)["log_z_error"] < 0.05
 
 
 # Those whose parameters are more than a policy and log Z; the others differ in one function.
-@pytest.mark.parametrize("objective", ["led", "tlm", "munchausen", "forward_kl", "flsubtb"])
+@pytest.mark.parametrize("objective", ["led", "tlm", "forward_kl"])
 def test_objectives_improve(objective):
-    before, after, _ = variation(
+    made, fresh, state = trained(
         objective=objective,
         side=4,
         num_steps=250,
@@ -92,7 +93,7 @@ def test_objectives_improve(objective):
         epsilon_decay_steps=100,
         reward_floor=0.1,
     )
-    assert after < 0.5 * before, (before, after)
+    assert variation(made, state) < 0.5 * variation(made, fresh)
 
 
 def test_settings_follow_the_objective():

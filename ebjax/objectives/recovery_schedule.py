@@ -138,7 +138,7 @@ def steps_of_narrow_data(schedule: RecoverySchedule, share: float) -> np.ndarray
       ValueError: if the cleanest level has no noise, or ``share`` is not positive.
 
     >>> steps_of_narrow_data(recovery_schedule([0.1, 0.6, 0.9, 1.0]), 0.5).round(3).tolist()
-    [0.009, 0.198, 0.405]
+    [0.009, 0.066, 0.405]
     """
     if not share > 0.0:
         raise ValueError(f"share is {share}; it must be positive.")

@@ -88,7 +88,7 @@ def _log_elementary_symmetric(log_weights: np.ndarray, order: int) -> np.ndarray
 def inclusion_probabilities(energies: Sequence[float] | np.ndarray, num_chosen: int) -> np.ndarray:
     """[n] exact probability of each item to be in the set; they sum to k.
 
-    >>> inclusion_probabilities([0.0, 0.0, 0.0, 0.0], 2).tolist()
+    >>> inclusion_probabilities([0.0, 0.0, 0.0, 0.0], 2).round(6).tolist()
     [0.5, 0.5, 0.5, 0.5]
     """
     log_weights = -np.asarray(energies, np.float64)

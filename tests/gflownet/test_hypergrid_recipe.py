@@ -73,8 +73,9 @@ def variation(made, state):
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", LEARNERS)
 def test_objectives_learn(objective):
-    # A potential is learned from the rewards seen, and takes longer where most are tiny.
-    options = {"reward_floor": 0.1} if objective == "led" else {}
+    # Where most rewards are tiny, a potential takes longer to learn, and the reverse divergence,
+    # which cannot explore, may lose modes.
+    options = {"reward_floor": 0.1} if objective in ("led", "reverse_kl") else {}
     made, _, state = trained(objective=objective, **options)
     # 16,000 draws of the target are all that forward_kl sees: themselves they are off by 0.02.
     assert variation(made, state) < (0.03 if objective == "forward_kl" else 0.01)

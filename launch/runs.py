@@ -39,6 +39,7 @@ RECIPES = {
     "rbm": "ebjax.recipes.rbm",
     "diffusion": "gflownet.recipes.diffusion",
     "hypergrid": "gflownet.recipes.hypergrid",
+    "sets": "gflownet.recipes.sets",
 }
 
 # What a run directory holds, in the order in which a person is told of it.

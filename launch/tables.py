@@ -218,6 +218,18 @@ def _diffusion() -> Table:
     )
 
 
+def _sets() -> Table:
+    return Table(
+        "Sets of 60 of 80 items, 900 updates: the gap between log Z and the bound below it",
+        tuple(
+            Row(name, "sets", {"objective": name}) for name in ("tb", "db", "subtb", "fldb", "led")
+        ),
+        ("elbo_gap", "log_z_error", "inclusion_error", "top_100_reward"),
+        seeds=3,
+        bars=(Bar("fldb", "elbo_gap", high=6.0), Bar("db", "elbo_gap", low=12.0)),
+    )
+
+
 TABLES = {
     "hypergrid": _hypergrid(),
     "jarzynski": _jarzynski(),
@@ -225,5 +237,6 @@ TABLES = {
     "jem": _jem(),
     "diffusion": _diffusion(),
     "objectives_2d": _objectives_2d(),
+    "sets": _sets(),
     "stability": _stability(),
 }

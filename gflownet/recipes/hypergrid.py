@@ -7,170 +7,41 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ebjax.training import TrainingConfig, check_at_least, check_between, setting
+from ebjax.training import check_at_least, setting
 from ebjax.types import Recipe, Run, Source, TrainState
 from gflownet import exact
 from gflownet.environments import HypergridState, hypergrid
-from gflownet.objectives.subtrajectory_balance import NORMALIZATIONS
-from gflownet.recipes.hypergrid_objectives import LEARNERS, RESIDUAL_LOSSES
+from gflownet.recipes.flow_config import FlowConfig
+from gflownet.recipes.learners import LEARNERS
 from gflownet.rollout import forward_rollout
 from gflownet.types import Environment
 
 __all__ = ["HypergridConfig", "recipe"]
 
-_COMMON: dict[str, Any] = {
-    "learning_rate": 1e-3,
-    "epsilon": 0.1,
-    "target_rate": 0.0,
-    "terminal_weight": 1.0,
-    "munchausen": 0.0,
-}
-# What each objective changes of that.
-_OWN: dict[str, dict[str, Any]] = {
-    "mdb": {"learning_rate": 2e-3},
-    "soft_dqn": {"learning_rate": 2e-3, "target_rate": 0.25, "terminal_weight": 5.0},
-    "munchausen": {
-        "learning_rate": 2e-3,
-        "target_rate": 0.25,
-        "terminal_weight": 5.0,
-        "munchausen": 0.15,
-    },
-    "tlm": {"target_rate": 0.25},
-    # What looks forward by the reward does not cross its valleys unless it is sent there.
-    "fldb": {"learning_rate": 2e-3, "epsilon": 1.0},
-    "flsubtb": {"learning_rate": 2e-3, "epsilon": 1.0},
-    "led": {"learning_rate": 2e-3, "epsilon": 1.0},
-    # An expectation under the policy itself, and one under the target.
-    "reverse_kl": {"epsilon": 0.0},
-    "forward_kl": {"epsilon": 0.0},
-}
-# Objectives that do not teach P_B, which would otherwise drift with the shared trunk.
-_UNIFORM = ("fm", "mdb", "soft_dqn", "munchausen", "forward_kl")
-_HUBER = ("mdb", "soft_dqn", "munchausen")
-_NEEDS_TARGET = ("tlm",)
-_MAY_HAVE_TARGET = ("mdb", "soft_dqn", "munchausen", "tlm")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HypergridConfig(TrainingConfig):
+class HypergridConfig(FlowConfig):
     """Settings of the hypergrid run; -1 and 'auto' follow the objective."""
 
-    objective: str = setting("tb", f"how the flow is learned: {', '.join(LEARNERS)}")
-    num_steps: int = setting(1000, "updates in all; may be raised later to go on with a run")
-    batch_size: int = setting(16, "trajectories of one update, over all devices")
-    log_every: int = setting(50, "steps between lines of metrics.jsonl")
-    checkpoint_every: int = setting(250, "steps between checkpoints")
-    steps_per_call: int = setting(50, "updates in one dispatch; metrics are means over these")
-    num_devices: int = setting(1, "devices to use; 0 takes as many as divide batch_size")
-    ema_decay: float = setting(0.99, "decay of the averaged parameters, used for sampling")
     dim: int = setting(2, "dimensions of the grid")
     side: int = setting(8, "cells along a side")
     reward_floor: float = setting(1e-3, "R0, the reward everywhere")
     reward_outer: float = setting(0.5, "R1, added far from the middle")
     reward_ring: float = setting(2.0, "R2, added in the modes")
-    hidden_features: tuple[int, ...] = setting((256, 256), "widths of the policy's hidden layers")
-    backward_policy: str = setting(
-        "auto", "P_B: 'learned' on the shared trunk, 'uniform', or 'auto': as the objective needs"
-    )
-    learning_rate: float = setting(-1.0, "learning rate of the policy (Adam)", follows="objective")
-    learning_rate_decay_steps: int = setting(
-        -1, "step at which the cosine decay ends; -1: num_steps, 0: no decay", follows="num_steps"
-    )
-    log_z_learning_rate: float = setting(
-        0.1, "learning rate of log Z, about 100 times the policy's"
-    )
-    epsilon: float = setting(-1.0, "share of uniform exploration at the start", follows="objective")
-    epsilon_decay_steps: int = setting(500, "steps over which exploration falls to 0; 0 keeps it")
-    chunk_size: int = setting(128, "states evaluated at a time in the gradient pass")
-    residual_loss: str = setting(
-        "auto", f"loss of a residual: {', '.join(RESIDUAL_LOSSES)}, or 'auto'"
-    )
-    subtrajectory_decay: float = setting(0.9, "subtb, flsubtb: lambda")
-    subtrajectory_normalize: str = setting(
-        "trajectory", f"subtb, flsubtb: what weights are divided by: {', '.join(NORMALIZATIONS)}"
-    )
-    path_depth: int = setting(5, "pcl: steps of a window")
-    flow_floor: float = setting(0.0, "fm: flow added to both sides of a state")
-    terminal_weight: float = setting(
-        -1.0, "fm, soft_dqn, munchausen: weight of last transitions", follows="objective"
-    )
-    munchausen: float = setting(
-        -1.0, "munchausen: share of the policy's own log-probability", follows="objective"
-    )
-    target_rate: float = setting(
-        -1.0,
-        "mdb, soft_dqn, munchausen, tlm: how fast a target network follows; 0: none",
-        follows="objective",
-    )
-    potential_dropout: float = setting(0.0, "led: chance that a step is left out of the fit")
-    potential_learning_rate: float = setting(1e-2, "led: learning rate of the potential")
 
     def __post_init__(self) -> None:
-        """Fills in what follows the objective, then checks types and ranges."""
-        if self.objective not in LEARNERS:
-            raise ValueError(
-                f"objective is {self.objective!r}; it must be one of {', '.join(LEARNERS)}."
-            )
-        own = {**_COMMON, **_OWN.get(self.objective, {})}
-        for name, value in own.items():
-            if getattr(self, name) == -1:
-                object.__setattr__(self, name, value)
-        if self.backward_policy == "auto":
-            kind = "uniform" if self.objective in _UNIFORM else "learned"
-            object.__setattr__(self, "backward_policy", kind)
-        if self.residual_loss == "auto":
-            kind = "huber" if self.objective in _HUBER else "squared"
-            object.__setattr__(self, "residual_loss", kind)
+        """Checks types and ranges."""
         super().__post_init__()
-        check_at_least(self, 1, "dim", "chunk_size", "path_depth")
+        check_at_least(self, 1, "dim")
         check_at_least(self, 2, "side")
-        check_at_least(self, 0, "reward_outer", "reward_ring", "learning_rate")
-        check_at_least(self, 0, "learning_rate_decay_steps", "log_z_learning_rate")
-        check_at_least(self, 0, "epsilon_decay_steps", "flow_floor", "potential_learning_rate")
-        check_at_least(self, 1e-6, "terminal_weight")
-        check_between(self, 0, 1, "epsilon", "target_rate")
-        check_between(self, 0, 0.999999, "munchausen", "potential_dropout")
-        if not self.subtrajectory_decay >= 0:
-            raise ValueError(
-                f"subtrajectory_decay is {self.subtrajectory_decay}; it must be at least 0."
-            )
-        for name, known in (
-            ("backward_policy", ("learned", "uniform")),
-            ("residual_loss", tuple(RESIDUAL_LOSSES)),
-            ("subtrajectory_normalize", NORMALIZATIONS),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}."
-                )
-        self._check_objective()
+        check_at_least(self, 0, "reward_outer", "reward_ring")
         if not self.reward_floor > 0:
             raise ValueError(f"reward_floor is {self.reward_floor}; it must be positive.")
-        if not self.hidden_features or min(self.hidden_features) < 1:
-            raise ValueError(
-                f"hidden_features is {self.hidden_features}; give at least one positive width."
-            )
-
-    def _check_objective(self) -> None:
-        """What an objective cannot do without, or with."""
-        objective = f"with objective {self.objective!r}"
-        if self.objective in ("reverse_kl", "forward_kl") and self.epsilon:
-            raise ValueError(f"epsilon is {self.epsilon}; {objective} it must be 0.")
-        if self.objective not in _MAY_HAVE_TARGET and self.target_rate:
-            raise ValueError(f"target_rate is {self.target_rate}; {objective} it must be 0.")
-        if self.objective in _NEEDS_TARGET and not self.target_rate:
-            raise ValueError(f"target_rate is {self.target_rate}; {objective} it must be positive.")
-        if self.objective in _UNIFORM and self.backward_policy != "uniform":
-            raise ValueError(
-                f"backward_policy is {self.backward_policy!r}; {objective}, which does not teach "
-                "it, it must be 'uniform'."
-            )
 
 
 def build(config: HypergridConfig) -> Run:

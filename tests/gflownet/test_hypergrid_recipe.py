@@ -8,7 +8,7 @@ import pytest
 from ebjax.training import train
 from gflownet.environments import hypergrid
 from gflownet.recipes.hypergrid import HypergridConfig, build, recipe
-from gflownet.recipes.hypergrid_objectives import LEARNERS
+from gflownet.recipes.learners import LEARNERS
 
 
 def run(seed, **options):

@@ -1,10 +1,10 @@
-"""Objectives of the hypergrid run: each with its parameters, optimizers and estimate of log Z.
+"""Objectives of the flow recipes: each with its parameters, optimizers and estimate of log Z.
 
 All policies are one network, with a head for log F where the objective learns one. Exceptions:
 ``tlm`` learns P_B by a network of its own, and ``led`` a potential beside the policy.
 
-Every cell of the grid may stop, so that an energy of all states is -log R as if they did; this is
-what the forward-looking objectives use.
+The forward-looking objectives use the intermediate energy of the environment, or -log R of every
+state where there is none, as if it stopped.
 """
 
 from __future__ import annotations
@@ -211,12 +211,18 @@ def _subtrajectory_balance(config, environment, policy, options):
     )
 
 
+def _energy_fn(environment: Environment):
+    """An energy of all states: the environment's own, or -log R."""
+    if environment.intermediate_energy is not None:
+        return environment.intermediate_energy
+    return lambda params, state: -environment.log_reward(params, state)
+
+
 def _with_energy(build):
     """The same objective on states with an energy, as if they stopped."""
 
     def build_with_energy(config, environment, policy, options):
-        energy_fn = lambda params, state: -environment.log_reward(params, state)  # noqa: E731
-        environment = environment._replace(intermediate_energy=energy_fn)
+        environment = environment._replace(intermediate_energy=_energy_fn(environment))
         flow_fn = objectives.forward_looking(environment, chunk_size=config.chunk_size)
         return build(config, environment, policy, {**options, "flow_fn": flow_fn})
 
@@ -224,11 +230,11 @@ def _with_energy(build):
 
 
 def _from_forward_looking_flow(environment: Environment, policy: Policy):
-    """log F = log F̃ + log R at the source."""
+    """log F = log F̃ - E at the source."""
     log_flow = _from_flow(environment, policy)
 
     def log_z(key, params):
-        return log_flow(key, params) + environment.log_reward((), environment.initial(key))
+        return log_flow(key, params) - _energy_fn(environment)((), environment.initial(key))
 
     return log_z
 

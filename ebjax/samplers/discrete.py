@@ -24,6 +24,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from ebjax.numerics import all_finite, random_normal_and_uniform
+from ebjax.samplers.decision import metropolis, select
 from ebjax.samplers.evaluate import value_and_gradient
 from ebjax.types import EnergyFn, Params, Position
 
@@ -228,12 +229,12 @@ def accept_or_stay(
 ) -> tuple[DiscreteState, DiscreteInfo]:
     """The Metropolis-Hastings decision; a proposal that is not finite is rejected."""
     is_finite = all_finite((proposal.energy, proposal.gradient)) & ~jnp.isnan(log_acceptance)
-    log_acceptance = jnp.where(is_finite, jnp.minimum(log_acceptance, 0.0), -jnp.inf)
-    is_accepted = jnp.log(uniform) < log_acceptance
-    new = jax.tree.map(lambda a, b: jnp.where(is_accepted, a, b), proposal, state)
+    log_acceptance = jnp.where(is_finite, log_acceptance, -jnp.inf)
+    is_accepted, acceptance_rate = metropolis(uniform, log_acceptance)
+    new = select(is_accepted, proposal, state)
     info = DiscreteInfo(
         energy=new.energy,
-        acceptance_rate=jnp.exp(log_acceptance),
+        acceptance_rate=acceptance_rate,
         is_accepted=is_accepted,
         num_changed=count_changed(state.position, new.position, num_categories),
         is_finite=is_finite,

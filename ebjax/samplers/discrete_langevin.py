@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from ebjax.numerics import all_finite
+from ebjax.samplers.decision import select
 from ebjax.samplers.discrete import (
     DiscreteInfo,
     DiscreteState,
@@ -138,7 +139,7 @@ def _step(
         )
         return accept_or_stay(uniform[-1], log_acceptance, state, proposal, num_categories)
     is_finite = all_finite((state.gradient, proposal.energy, proposal.gradient))
-    new = jax.tree.map(lambda a, b: jnp.where(is_finite, a, b), proposal, state)
+    new = select(is_finite, proposal, state)
     info = DiscreteInfo(
         energy=new.energy,
         acceptance_rate=is_finite.astype(sites.dtype),

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ebjax.numerics import random_normal_and_uniform
+from ebjax.samplers.decision import metropolis, select
 from ebjax.samplers.evaluate import GradientState, init_with_gradient, value_and_gradient
 from ebjax.samplers.hamiltonian import (
     Phase,
@@ -177,12 +178,12 @@ def _step(
     energy_error = (proposal.energy - state.energy) + (kinetic_end - kinetic)
     # A gradient that is not finite makes the kinetic energy so: no need to look at its components.
     is_finite = jnp.isfinite(proposal.energy + kinetic_end) & ~jnp.isnan(energy_error)
-    log_acceptance = jnp.where(is_finite, jnp.minimum(-energy_error, 0.0), -jnp.inf)
-    is_accepted = jnp.log(uniform[0]) < log_acceptance
-    new = jax.tree.map(lambda a, b: jnp.where(is_accepted, a, b), proposal, state)
+    log_acceptance = jnp.where(is_finite, -energy_error, -jnp.inf)
+    is_accepted, acceptance_rate = metropolis(uniform[0], log_acceptance)
+    new = select(is_accepted, proposal, state)
     info = HMCInfo(
         energy=new.energy,
-        acceptance_rate=jnp.exp(log_acceptance),
+        acceptance_rate=acceptance_rate,
         is_accepted=is_accepted,
         is_finite=is_finite,
         is_divergent=~(energy_error <= _DIVERGENCE_THRESHOLD),

@@ -26,6 +26,7 @@ import numpy.typing as npt
 import optax
 
 from ebjax.numerics import all_finite, random_normal_and_uniform
+from ebjax.samplers.decision import metropolis, select
 from ebjax.samplers.evaluate import GradientState, init_with_gradient
 from ebjax.samplers.langevin import check_positive
 from ebjax.samplers.metric import Metric, kinetic_energy, make_metric, scaled_noise, velocity
@@ -130,13 +131,13 @@ def _step(
     log_acceptance = (state.energy - proposal.energy) / temperature
     log_acceptance += log_proposal_ratio(state, proposal, **options)
     is_finite = all_finite((proposal.energy, proposal.gradient)) & ~jnp.isnan(log_acceptance)
-    log_acceptance = jnp.where(is_finite, jnp.minimum(log_acceptance, 0.0), -jnp.inf)
-    is_accepted = jnp.log(uniform[0]) < log_acceptance
-    new = jax.tree.map(lambda a, b: jnp.where(is_accepted, a, b), proposal, state)
+    log_acceptance = jnp.where(is_finite, log_acceptance, -jnp.inf)
+    is_accepted, acceptance_rate = metropolis(uniform[0], log_acceptance)
+    new = select(is_accepted, proposal, state)
     info = MALAInfo(
         energy=new.energy,
         gradient_norm=optax.tree.norm(new.gradient),
-        acceptance_rate=jnp.exp(log_acceptance),
+        acceptance_rate=acceptance_rate,
         is_accepted=is_accepted,
         is_finite=is_finite,
     )

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy.typing as npt
 
 from ebjax.numerics import random_normal_and_uniform
+from ebjax.samplers.decision import metropolis, select
 from ebjax.samplers.evaluate import value
 from ebjax.samplers.langevin import check_positive
 from ebjax.samplers.metric import make_metric, scaled_noise
@@ -121,12 +122,12 @@ def _step(
     proposal = _init(energy_fn, params, position)
     log_acceptance = (state.energy - proposal.energy) / temperature
     is_finite = jnp.isfinite(proposal.energy) & ~jnp.isnan(log_acceptance)
-    log_acceptance = jnp.where(is_finite, jnp.minimum(log_acceptance, 0.0), -jnp.inf)
-    is_accepted = jnp.log(uniform[0]) < log_acceptance
-    new = jax.tree.map(lambda a, b: jnp.where(is_accepted, a, b), proposal, state)
+    log_acceptance = jnp.where(is_finite, log_acceptance, -jnp.inf)
+    is_accepted, acceptance_rate = metropolis(uniform[0], log_acceptance)
+    new = select(is_accepted, proposal, state)
     info = RandomWalkInfo(
         energy=new.energy,
-        acceptance_rate=jnp.exp(log_acceptance),
+        acceptance_rate=acceptance_rate,
         is_accepted=is_accepted,
         is_finite=is_finite,
     )

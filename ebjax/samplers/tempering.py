@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ebjax.numerics import all_finite, neighbouring_keys
+from ebjax.samplers.decision import metropolis
 from ebjax.samplers.smc.path import power_path
 from ebjax.types import EnergyFn, Kernel, Params, Position, bind
 
@@ -293,7 +294,8 @@ def _step(
     log_ratio, energies = swap_log_ratios(replicas, params, states)
     uniform = jax.random.uniform(swap_key, (num - 1,), log_ratio.dtype)
     is_on_offer = jnp.arange(num - 1) % 2 == state.step % 2
-    is_swapped = is_on_offer & (jnp.log(uniform) < log_ratio)
+    would_swap, swap_rate = metropolis(uniform, log_ratio)
+    is_swapped = is_on_offer & would_swap
     source = swap_order(is_swapped)
     states = replicas.at_their_place(params, jax.tree.map(lambda leaf: leaf[source], states))
     walkers = state.walkers[source]
@@ -310,7 +312,7 @@ def _step(
     info = ParallelTemperingInfo(
         energy=replicas.energies(params, states, replicas.betas)[-1],
         acceptance_rate=rates.mean(),
-        swap_acceptance_rate=jnp.exp(jnp.minimum(log_ratio, 0.0)),
+        swap_acceptance_rate=swap_rate,
         num_swaps=jnp.sum(is_swapped, dtype=jnp.int32),
         replica_acceptance_rate=rates,
         is_finite=all_finite(energies),

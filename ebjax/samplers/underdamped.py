@@ -32,6 +32,7 @@ import numpy.typing as npt
 import optax
 
 from ebjax.numerics import all_finite, random_normal_and_uniform
+from ebjax.samplers import decision
 from ebjax.samplers.evaluate import value_and_gradient
 from ebjax.samplers.langevin import check_positive
 from ebjax.samplers.metric import Metric, make_metric, momentum, velocity
@@ -200,21 +201,19 @@ def _step(
     work += _kick_work(metric, before, after, gradient)
     log_acceptance = (state.energy - energy - 0.5 * half * work) / temperature
     is_finite = all_finite((energy, gradient)) & ~jnp.isnan(log_acceptance)
-    log_acceptance = jnp.where(is_finite, jnp.minimum(log_acceptance, 0.0), -jnp.inf)
-    is_accepted = jnp.ones((), bool)
+    log_acceptance = jnp.where(is_finite, log_acceptance, -jnp.inf)
+    is_accepted, acceptance_rate = decision.metropolis(uniform[0], log_acceptance)
     if metropolis:
-        is_accepted = jnp.log(uniform[0]) < log_acceptance
-        proposal = jax.tree.map(
-            lambda a, b: jnp.where(is_accepted, a, b), proposal, _reverse(state)
-        )
-    new = proposal
+        new = decision.select(is_accepted, proposal, _reverse(state))
+    else:
+        new, is_accepted = proposal, jnp.ones((), bool)
     if splitting == "OBABO":
         end = _refresh(metric, new.momentum, last_noise, half * friction, temperature)
         new = new._replace(momentum=end)
     info = UnderdampedInfo(
         energy=new.energy,
         gradient_norm=optax.tree.norm(new.gradient),
-        acceptance_rate=jnp.exp(log_acceptance),
+        acceptance_rate=acceptance_rate,
         is_accepted=is_accepted,
         is_finite=is_finite,
     )

@@ -42,7 +42,7 @@ class _Problem(NamedTuple):
 def _problem(name: str) -> _Problem:
     if name == "conjugate":
         posterior = targets.conjugate_gaussian(10)
-        assert posterior.prior.sample is not None
+        assert posterior.prior.sample is not None and posterior.log_z is not None
         return _Problem(
             posterior.prior.energy, (), posterior.energy, posterior.prior.sample, posterior.log_z
         )
@@ -59,6 +59,7 @@ def _problem(name: str) -> _Problem:
     }
     law, scale = laws[name]
     target = law()
+    assert target.log_z is not None
     dim = target.event_shape[0]
 
     def draw(key: jax.Array) -> jax.Array:

@@ -10,10 +10,10 @@ depend on x are left out, so that figures for log Z compare.
 
 The Gaussian q = N(m, V) nearest to the posterior in KL(q | p) solves
 
-    K^{-1} (m - μ 1) + λ - y = 0,   V^{-1} = K^{-1} + diag λ,   λ_m = a exp(m_m + V_mm / 2)
+    K^{-1} (m - μ 1) + λ - y = 0,   V^{-1} = K^{-1} + diag λ,   λ_i = a exp(m_i + V_ii / 2)
 
 In x = m + A u with A A' = V it is N(0, I), and with d = A u the posterior's energy exceeds its own
-by Σ_m λ_m (exp(d_m - V_mm / 2) - d_m - d_m² / 2) and a constant: what is not Gaussian, and no more.
+by Σ_i λ_i (exp(d_i - V_ii / 2) - d_i - d_i² / 2) and a constant: what is not Gaussian, and no more.
 Opper and Archambeau, "The variational Gaussian approximation revisited", Neural Computation 21
 (2009).
 """
@@ -81,7 +81,7 @@ def log_gaussian_cox(
         log Z is the same.
       is_fitted: whether positions are the u above, in which the nearest Gaussian is N(0, I). The
         ``prior`` is then that Gaussian, ``likelihood`` the posterior over it, and log Z the same: a
-        far better start for a tempered sampler. Takes cubic time in n², seconds for n = 40.
+        far better start for a tempered sampler. Fitting takes n⁶ operations, half a minute for n = 40.
 
     Returns:
       A ``Posterior`` over [n²]; log Z, moments and exact draws are not known, those of the prior
@@ -122,11 +122,22 @@ def log_gaussian_cox(
 
 
 class _Fit(NamedTuple):
-    """The nearest Gaussian: A [D, D], the diagonal v [D] of V, λ [D], and the constant c."""
+    """A Gaussian, and what the posterior's energy exceeds its own by.
+
+        Σ_i r_i exp(d_i) - b_i d_i - λ_i d_i² / 2 + c,    d = A u
+
+    Attributes:
+      factor: A [D, D].
+      rate_at_mean: r [D], a exp(m).
+      slope: b [D], y - K^{-1} (m - μ 1); λ where the Gaussian is the nearest.
+      curvature: λ [D], of V^{-1} = K^{-1} + diag λ.
+      constant: c.
+    """
 
     factor: np.ndarray
-    variance: np.ndarray
-    rate: np.ndarray
+    rate_at_mean: np.ndarray
+    slope: np.ndarray
+    curvature: np.ndarray
     constant: float
 
 
@@ -134,7 +145,7 @@ def _nearest_gaussian(root: np.ndarray, y: np.ndarray, *, max_steps: int = 100) 
     """Newton steps for m = μ + L w, with V from the λ of the step before, until both stand still.
 
     With fixed V the bound is concave in w. V contracts to its fixed point, by a factor of at most
-    s²/8 a step where cells do not interact.
+    s²/8 a step where cells do not interact. What is returned is exact wherever they stop.
     """
     num_cells = len(y)
     w, variance = np.zeros(num_cells), np.full(num_cells, _VARIANCE)
@@ -157,21 +168,25 @@ def _nearest_gaussian(root: np.ndarray, y: np.ndarray, *, max_steps: int = 100) 
             step *= 0.5
         previous, variance = variance, np.square(factor).sum(axis=1)
         w = w + step * direction
-        if max(np.abs(direction).max(), np.abs(variance - previous).max()) < 1e-8:
+        if max(np.abs(direction).max(), np.abs(variance - previous).max()) < 1e-4:
             break
     else:
         raise ValueError(f"No nearest Gaussian was found in {max_steps} steps.")
-    log_determinant = np.log(np.diag(inverse_root)).sum()
-    constant = 0.5 * w @ w - y @ (_MEAN + root @ w) - log_determinant
-    return _Fit(factor, variance, rate, float(constant))
+    mean = _MEAN + root @ w
+    constant = 0.5 * w @ w - y @ mean - np.log(np.diag(inverse_root)).sum()
+    slope = y - np.linalg.solve(root.T, w)
+    return _Fit(factor, np.exp(mean) / num_cells, slope, rate, float(constant))
 
 
 def _likelihood_of_fit(fit: _Fit) -> EnergyFn:
     def likelihood(params, u):
         del params
-        variance, rate = jnp.asarray(fit.variance, u.dtype), jnp.asarray(fit.rate, u.dtype)
+        rate_at_mean, slope, curvature = (
+            jnp.asarray(array, u.dtype) for array in (fit.rate_at_mean, fit.slope, fit.curvature)
+        )
         d = matrix_product(fit.factor, u)
-        return total(rate * (jnp.exp(d - 0.5 * variance) - d - 0.5 * d * d)) + fit.constant
+        excess = rate_at_mean * jnp.exp(d) - (slope + 0.5 * curvature * d) * d
+        return total(excess) + fit.constant
 
     return likelihood
 

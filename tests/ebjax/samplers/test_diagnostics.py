@@ -55,6 +55,7 @@ def stacked(shape):
 
 METHODS = [(m, None) for m in ("bulk", "tail", "mean", "sd", "median", "identity")]
 METHODS += [("quantile", 0.3)]
+TAIL = (0.05, 0.95)  # said to ArviZ, whose default has changed
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,8 @@ METHODS += [("quantile", 0.3)]
 def test_effective_sample_size_is_that_of_arviz(x64, shape, method, probability):
     draws, theirs = stacked(shape)
     ours = diagnostics.effective_sample_size(draws, method=method, probability=probability)
-    options = {} if probability is None else {"prob": probability}
+    their_probability = {"tail": TAIL}.get(method, probability)
+    options = {} if their_probability is None else {"prob": their_probability}
     expected = [reference.ess(case, method=method, **options) for case in theirs]
     np.testing.assert_allclose(ours, expected, rtol=1e-6)
 
@@ -76,12 +78,14 @@ def test_the_summary_is_that_of_arviz(x64, shape):
     expected = {
         "mcse": [reference.mcse(case, method="mean") for case in theirs],
         "ess_bulk": [reference.ess(case, method="bulk") for case in theirs],
-        "ess_tail": [reference.ess(case, method="tail") for case in theirs],
+        "ess_tail": [reference.ess(case, method="tail", prob=TAIL) for case in theirs],
         "r_hat": [reference.rhat(case) if shape[1] > 1 else np.nan for case in theirs],
     }
     if shape[1] == 1:
         assert all(np.isfinite(row.pop("r_hat")) for row in table)
         del expected["r_hat"]
+    if shape[0] == 101 and not is_old:
+        del expected["ess_tail"]  # a draw is the quantile, and ArviZ 1 rounds it away from itself
     for name, values in expected.items():
         np.testing.assert_allclose([row[name] for row in table], values, rtol=1e-6)
 
@@ -101,6 +105,8 @@ def test_r_hat_is_that_of_arviz(x64, shape, method):
     [("mean", None), ("sd", None), ("median", None), ("quantile", 0.97)],
 )
 def test_monte_carlo_error_is_that_of_arviz(x64, shape, method, probability):
+    if method == "sd" and not is_old:
+        pytest.skip("ArviZ 1 takes the effective size of x in place of that of (x - mean)²")
     draws, theirs = stacked(shape)
     ours = diagnostics.monte_carlo_error(draws, method=method, probability=probability)
     options = {} if probability is None else {"prob": probability}
@@ -128,7 +134,8 @@ def test_the_comparison_sees_a_missing_part(monkeypatch, x64, name, broken):
     method = "tail" if name == "quantile" else "bulk"
     function = lambda x: component.ESS_METHODS[method](x)  # noqa: E731
     ours = convergence.map_jitted(draws, function=function)
-    expected = np.array([reference.ess(case, method=method) for case in theirs])
+    options = {"prob": TAIL} if method == "tail" else {}
+    expected = np.array([reference.ess(case, method=method, **options) for case in theirs])
     assert np.max(np.abs(np.asarray(ours) / expected - 1.0)) > 1e-3
 
 

@@ -54,7 +54,9 @@ from ebjax.samplers import langevin, mala, run_chain
 from ebjax.samplers.annealed import annealed_langevin
 from ebjax.types import EnergyFn, Kernel, Objective, Params, Target
 
-__all__ = ["METHODS", "Frame", "Method", "data_frame"]
+__all__ = ["KERNELS", "METHODS", "Frame", "Method", "data_frame"]
+
+KERNELS = {"langevin": langevin, "mala": mala}
 
 
 class Frame(NamedTuple):
@@ -127,8 +129,7 @@ def _plain_energy(config: Any, frame: Frame):
 
 
 def _kernel(config: Any) -> Kernel:
-    build = mala if config.metropolis else langevin
-    return build(step_size=config.langevin_step_size)
+    return KERNELS[config.kernel](step_size=config.langevin_step_size)
 
 
 def _wide_noise(key: jax.Array, frame: Frame) -> jax.Array:
@@ -293,6 +294,7 @@ def _recovery(config: Any, frame: Frame) -> Method:
     options = {
         "num_steps": config.langevin_steps,
         "step_fraction": config.recovery_step,
+        "build_kernel": KERNELS[config.kernel],
         "schedule": schedule,
     }
 

@@ -42,7 +42,8 @@ class _Problem(NamedTuple):
 def _problem(name: str) -> _Problem:
     if name == "conjugate":
         posterior = targets.conjugate_gaussian(10)
-        assert posterior.prior.sample is not None and posterior.log_z is not None
+        assert posterior.prior.sample is not None
+        assert posterior.log_z is not None
         return _Problem(
             posterior.prior.energy, (), posterior.energy, posterior.prior.sample, posterior.log_z
         )

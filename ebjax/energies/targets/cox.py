@@ -81,7 +81,7 @@ def log_gaussian_cox(
         log Z is the same.
       is_fitted: whether positions are the u above, in which the nearest Gaussian is N(0, I). The
         ``prior`` is then that Gaussian, ``likelihood`` the posterior over it, and log Z the same: a
-        far better start for a tempered sampler. Fitting takes n⁶ operations, half a minute for n = 40.
+        far better start for a tempered sampler. The fit takes half a minute for n = 40.
 
     Returns:
       A ``Posterior`` over [n²]; log Z, moments and exact draws are not known, those of the prior

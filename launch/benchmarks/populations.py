@@ -28,8 +28,8 @@ from launch.benchmarks.workload import Workload, import_peer
 
 __all__ = ["COX_LOG_Z", "blackjax_log_z", "ebjax_log_z"]
 
-# With a standard error of 0.004, from `python -m launch.benchmark --suite=cox_reference`: the mean of
-# ten runs of 32 temperatures from the nearest Gaussian, whose lower bound on log Z is 425.678.
+# With a standard error of 0.004: the mean of ten runs of 32 temperatures from the nearest Gaussian,
+# by `python -m launch.benchmark --suite=cox_reference`. That Gaussian's lower bound is 425.678.
 COX_LOG_Z = 428.492
 
 

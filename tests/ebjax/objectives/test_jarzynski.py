@@ -305,7 +305,7 @@ def test_training_finds_log_z_by_quadrature():
     @jax.jit
     def run(params):
         carry = objective.init(jax.random.key(1), params, batch)
-        optimizer = optax.sgd(0.02)
+        optimizer = optax.sgd(0.06)
 
         def body(loop, t):
             params, carry = loop

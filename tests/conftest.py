@@ -1,4 +1,4 @@
-"""Eight CPU devices for every test, and double precision for those that ask for it."""
+"""Eight CPU devices for every test, double precision for those that ask for it, bounded memory."""
 
 import jax
 import pytest
@@ -12,3 +12,19 @@ def x64():
     """Arrays are float64 by default within the test."""
     with jax.enable_x64(True):
         yield
+
+
+# Compiled programs of thousands of tests fill the memory. They go after so many tests, where the
+# module changes: within one, tests share them.
+_TESTS_BETWEEN_CLEARANCES = 150
+_num_tests = 0
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Drops compiled programs now and then."""
+    global _num_tests
+    _num_tests += 1
+    is_last = nextitem is None or nextitem.path != item.path
+    if is_last and _num_tests >= _TESTS_BETWEEN_CLEARANCES:
+        _num_tests = 0
+        jax.clear_caches()

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import stats
+from scipy.special import logsumexp
 
 from ebjax.types import Params
 from gflownet.rollout import backward_rollout, forward_rollout
@@ -62,7 +64,10 @@ class FlowBounds(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def _weights(environment: Environment, policy: Policy, is_backward: bool) -> Callable[..., Any]:
-    """The compiled ``(keys, params, reward_params, terminal) -> (w, log_reward)``."""
+    """The compiled ``(keys, params, reward_params, terminal) -> (w, log_reward)``.
+
+    Forwards there is no ``terminal``.
+    """
 
     @jax.jit
     def compute(keys, params, reward_params, terminal):
@@ -78,9 +83,9 @@ def _weights(environment: Environment, policy: Policy, is_backward: bool) -> Cal
     return compute
 
 
-def _log_mean_exp(values: np.ndarray, axis: int = 0) -> np.ndarray:
-    peak = values.max(axis=axis, keepdims=True)
-    return np.log(np.exp(values - peak).mean(axis=axis)) + np.squeeze(peak, axis)
+def _log_mean_exp(values: np.ndarray) -> np.ndarray:
+    """Over the first axis."""
+    return logsumexp(values, axis=0) - np.log(len(values))
 
 
 def log_probabilities(
@@ -137,9 +142,8 @@ def evidence_bounds(
       reward_params: of the reward.
     """
     forward_key, backward_key = jax.random.split(key)
-    start = jax.vmap(environment.initial)(jax.random.split(key, 1))
     weights, _ = _weights(environment, policy, False)(
-        jax.random.split(forward_key, num_trajectories), params, reward_params, start
+        jax.random.split(forward_key, num_trajectories), params, reward_params, None
     )
     back = None
     if targets is not None:
@@ -185,16 +189,9 @@ def correlations(log_probability: np.ndarray, log_reward: np.ndarray) -> dict[st
     """
     p, r = np.asarray(log_probability, np.float64), np.asarray(log_reward, np.float64)
     return {
-        "pearson": float(np.corrcoef(p, r)[0, 1]),
-        "spearman": float(np.corrcoef(_ranks(p), _ranks(r))[0, 1]),
+        "pearson": float(stats.pearsonr(p, r).statistic),
+        "spearman": float(stats.spearmanr(p, r).statistic),
     }
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 0; equal values share the mean of theirs."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - 0.5 * (counts + 1))[place.ravel()]
 
 
 def top_rewards(

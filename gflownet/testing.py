@@ -153,9 +153,14 @@ def _same(left: State, right: State, num_axes: int) -> np.ndarray:
     return np.logical_and.reduce(equal)
 
 
+def _kind(state: State) -> Any:
+    """The state with ``dtype[shape]`` for each array."""
+    return jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", state)
+
+
 def _check_shapes(environment: Environment, reward_params: Params) -> None:
     initial = environment.initial(jax.random.key(0))
-    like = jax.eval_shape(lambda: initial)
+    like = _kind(jax.eval_shape(lambda: initial))
     action = jnp.zeros((), jnp.int32)
     results = {
         "step": jax.eval_shape(environment.step, initial, action),
@@ -167,12 +172,9 @@ def _check_shapes(environment: Environment, reward_params: Params) -> None:
             lambda: jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], states)
         )
     for name, result in results.items():
-        is_alike = bool(jax.tree.structure(result) == jax.tree.structure(like))  # type: ignore
-        fits = is_alike and all(
-            (a.shape, a.dtype) == (b.shape, b.dtype)
-            for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(like), strict=True)
+        _require(
+            _kind(result) == like, f"{name} makes a state {_kind(result)}; initial makes {like}."
         )
-        _require(fits, f"{name} makes a state {result}; initial makes {like}.")
     for name in ("forward_mask", "backward_mask"):
         mask = jax.eval_shape(getattr(environment, name), initial)
         _require(
@@ -430,7 +432,8 @@ def _check_enumeration(environment: Environment, tables: _Tables) -> None:
             f"{_show(_row(tables.stepped, state, action))} is not where state_index says in "
             f"enumerate(); action {action} leads to it from {_show(_row(tables.states, state))}."
         )
-    source = int(environment.state_index(environment.initial(jax.random.key(0))))  # type: ignore
+    assert environment.state_index is not None
+    source = int(environment.state_index(environment.initial(jax.random.key(0))))
     orphans = np.flatnonzero(tables.is_source)
     others = orphans[orphans != source]
     _require(

@@ -30,6 +30,7 @@ from ebjax.objectives.recovery_schedule import (
     steps_of_narrow_data,
 )
 from ebjax.objectives.regularizers import gradient_penalty
+from ebjax.parallel import AXIS_NAME
 from ebjax.samplers import langevin, run_chain
 from ebjax.types import Energy, Kernel, Objective
 
@@ -148,6 +149,7 @@ def _pcd(config: ImagesConfig, shape: tuple[int, int, int], pixels: Pixels | Non
         energy_regularizer=config.energy_regularizer,
         regularizers=penalties,
         reset_margin=config.reset_margin or None,
+        axis_name=AXIS_NAME,
     )
     num_times = min(10, config.sample_steps)
     every = config.sample_steps // num_times

@@ -62,9 +62,7 @@ def tune_ladder(
 ) -> TunedLadder:
     """Warm-up: moves the inner rungs of the ladder until all neighbours exchange equally often.
 
-    After each round, of twice as many steps as the one before, the rejection rates r_i of the
-    pairs add up to a function of β, Λ(β_i) = Σ_{j<i} r_j, and the new rungs are where it grows by
-    equal shares. That is the ladder with the most round trips. The first and last β stay.
+    Each round has twice as many steps as the one before. The first and last β stay.
 
     Args:
       key: [] key.

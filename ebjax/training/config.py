@@ -80,9 +80,10 @@ class TrainingConfig:
 
     def __init_subclass__(cls) -> None:
         """Fields declared again without help keep the help that they had."""
+        inherited = getattr(cls.__mro__[1], "__dataclass_fields__", {})
         for name, field in vars(cls).items():
             if isinstance(field, dataclasses.Field) and not field.metadata["help"]:
-                kept = cls.__mro__[1].__dataclass_fields__[name].metadata["help"]  # type: ignore
+                kept = inherited[name].metadata["help"]
                 field.metadata = types.MappingProxyType({**field.metadata, "help": kept})
 
     def __post_init__(self) -> None:

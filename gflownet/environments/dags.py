@@ -174,14 +174,8 @@ def all_dags(num_variables: int) -> np.ndarray:
         uppers[:, i, j] = np.arange(len(uppers)) >> bit & 1
     orders = itertools.permutations(range(num_variables))
     graphs = np.concatenate([uppers[:, order][:, :, order] for order in map(list, orders)])
-    _, first = np.unique(_codes(graphs), return_index=True)
+    _, first = np.unique(_code(graphs), return_index=True)
     return graphs[first]
-
-
-def _codes(graphs: np.ndarray) -> np.ndarray:
-    """A number for each graph: its entries as bits."""
-    flat = graphs.reshape(len(graphs), -1)
-    return flat @ (2 ** np.arange(flat.shape[1], dtype=np.int64))
 
 
 def edge_marginals(graphs: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
@@ -275,7 +269,7 @@ def dags(local_scores: np.ndarray, *, offset: float | None = None) -> Environmen
     place, log_z = None, None
     if graphs is not None:
         place = np.full(2 ** (size * (size - 1)), -1, np.int32)
-        place[_off_diagonal_code(graphs)] = np.arange(len(graphs))
+        place[_code(graphs)] = np.arange(len(graphs))
         parents = np.einsum("i,sij->sj", bits, graphs.astype(int))
         total = table[np.arange(size), parents].sum(axis=1)
         log_z = float(np.logaddexp.reduce(total))
@@ -309,7 +303,7 @@ def dags(local_scores: np.ndarray, *, offset: float | None = None) -> Environmen
     )
 
 
-def _off_diagonal_code(graphs: np.ndarray) -> np.ndarray:
+def _code(graphs: np.ndarray) -> np.ndarray:
     """A number for each graph: its entries off the diagonal as bits."""
     kept = graphs[:, ~np.eye(graphs.shape[1], dtype=bool)]
     return kept @ (2 ** np.arange(kept.shape[1], dtype=np.int64))

@@ -38,17 +38,10 @@ from gflownet.policies.diffusion import diffusion_policy
 __all__ = ["DiffusionConfig", "recipe"]
 
 
-def _grid_of_gaussians() -> Target:
-    """25 Gaussians of variance 0.3 on the grid {-10, -5, 0, 5, 10}²."""
-    line = np.linspace(-10.0, 10.0, 5)
-    means = np.stack(np.meshgrid(line, line, indexing="ij"), axis=-1).reshape(-1, 2)
-    return targets.gaussian_mixture(means, 0.3**0.5)
-
-
 # Target, and the variance of the walk without drift.
 _TARGETS: dict[str, tuple[Callable[[int], Target], float]] = {
     "nine_gaussians": (lambda dim: targets.nine_gaussians(), 5.0),
-    "twenty_five_gaussians": (lambda dim: _grid_of_gaussians(), 5.0),
+    "twenty_five_gaussians": (lambda dim: targets.twenty_five_gaussians(), 5.0),
     "funnel": (lambda dim: targets.funnel(dim or 10), 1.0),
     "many_well": (lambda dim: targets.many_well(dim or 32), 1.0),
 }

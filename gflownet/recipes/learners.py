@@ -22,9 +22,9 @@ from ebjax.parallel import AXIS_NAME
 from ebjax.training import adam, by_group, learning_rate_schedule
 from ebjax.types import Objective, Params
 from gflownet import objectives
+from gflownet.evaluation import evidence_bounds
 from gflownet.objectives.target_network import with_target
 from gflownet.policies import mlp_policy, separate_backward
-from gflownet.rollout import forward_rollout
 from gflownet.types import Environment, Policy
 
 __all__ = ["LEARNERS", "RESIDUAL_LOSSES", "Learner"]
@@ -112,12 +112,11 @@ def _from_stop(environment: Environment, policy: Policy):
 def _from_samples(environment: Environment, policy: Policy):
     """Importance weights of trajectories: the log of their mean R P_B / P_F."""
 
-    @jax.jit
     def log_z(key, params):
-        keys = jax.random.split(key, _NUM_DRAWS)
-        t = forward_rollout(keys, environment, policy, params["policy"])
-        log_weight = t.log_reward + jnp.sum(t.log_pb - t.log_pf, axis=0)
-        return jax.nn.logsumexp(log_weight) - jnp.log(_NUM_DRAWS)
+        bounds = evidence_bounds(
+            key, environment, policy, params["policy"], num_trajectories=_NUM_DRAWS
+        )
+        return jnp.asarray(bounds.log_z)
 
     return log_z
 

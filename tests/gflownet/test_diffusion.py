@@ -77,14 +77,16 @@ def test_bridges_have_the_moments_of_a_brownian_bridge():
         jax.random.split(jax.random.key(2), 20_000)
     )
     times = np.arange(PROCESS.num_steps + 1) / PROCESS.num_steps
-    np.testing.assert_allclose(paths.mean(0), times[:, None] * np.asarray(end), atol=0.03)
     variance = PROCESS.variance * times * (1.0 - times)
-    np.testing.assert_allclose(
-        paths.var(0), np.repeat(variance[:, None], 2, 1), rtol=0.05, atol=1e-6
-    )
-    middle = np.asarray(paths[:, 1:3, 0])
-    covariance = np.cov(middle.T)[0, 1]
-    np.testing.assert_allclose(covariance, PROCESS.variance * times[1] * (1 - times[2]), rtol=0.06)
+    num = len(paths)
+    # Five standard errors of a mean, of a variance and of a covariance of normal numbers.
+    error = np.abs(paths.mean(0) - times[:, None] * np.asarray(end))
+    assert (error <= 5.0 * np.sqrt(variance / num)[:, None] + 1e-6).all()
+    error = np.abs(paths.var(0) - variance[:, None])
+    assert (error <= 5.0 * (variance * np.sqrt(2.0 / num))[:, None] + 1e-6).all()
+    expected = PROCESS.variance * times[1] * (1.0 - times[2])
+    found = np.cov(np.asarray(paths[:, 1:3, 0]).T)[0, 1]
+    assert abs(found - expected) < 5.0 * np.sqrt((expected**2 + variance[1] * variance[2]) / num)
 
 
 def test_both_directions_estimate_log_z_at_any_drift():

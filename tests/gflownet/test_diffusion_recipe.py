@@ -1,14 +1,10 @@
 """The diffusion recipe: a short run, figures of merit, settings that exclude each other."""
 
-import importlib
-
 import jax
 import pytest
 
 from ebjax.training import train
-from gflownet.recipes.diffusion import DiffusionConfig, build, recipe
-
-module = importlib.import_module("gflownet.recipes.diffusion")
+from gflownet.recipes.diffusion import DiffusionConfig, build
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +30,7 @@ def test_a_short_run_gives_all_figures(trained):
     figures = run.evaluate(jax.random.key(0), state)
     assert figures["num_modes"] == 9.0
     assert figures["eubo_gap"] > 0.0
-    assert figures["elbo_gap"] > figures["log_z_error"] * -1.0
+    assert figures["log_z_error"] > -figures["elbo_gap"]  # the bound is below the estimate
     assert 0.0 < figures["effective_share"] <= 1.0
     draws = run.sample(jax.random.key(1), state, 20)
     assert draws["positions"].shape == (20, 2)
@@ -65,8 +61,16 @@ def test_impossible_settings_are_named(settings, message):
         DiffusionConfig(**settings)
 
 
-@pytest.mark.parametrize("target", list(module._TARGETS))
-def test_every_target_has_what_the_figures_need(target):
-    run = build(DiffusionConfig(target=target, features=4, path_steps=2))
-    assert recipe.build is build
-    assert run.monitor_name == "gap"
+@pytest.mark.parametrize(
+    ("target", "dim"),
+    [
+        ("nine_gaussians", 2),
+        ("twenty_five_gaussians", 2),
+        ("funnel", 10),
+        ("many_well", 32),
+    ],
+)
+def test_the_drift_has_the_dimensions_of_the_target(target, dim):
+    config = DiffusionConfig(target=target, features=4, num_layers=1, path_steps=2)
+    params = jax.eval_shape(build(config).init, jax.random.key(0))
+    assert params["policy"]["Dense_4"]["bias"].shape == (dim,)

@@ -23,6 +23,7 @@ from ebjax.energies.targets.gaussian import (
     ill_conditioned_gaussian,
     isotropic_gaussian,
     nine_gaussians,
+    twenty_five_gaussians,
 )
 from ebjax.energies.targets.laplace import laplace_approximation
 from ebjax.energies.targets.physics import lennard_jones
@@ -62,5 +63,6 @@ __all__ = [
     "ring",
     "rings",
     "rosenbrock",
+    "twenty_five_gaussians",
     "two_moons",
 ]

@@ -24,6 +24,7 @@ __all__ = [
     "ill_conditioned_gaussian",
     "isotropic_gaussian",
     "nine_gaussians",
+    "twenty_five_gaussians",
 ]
 
 _LOG_2PI = math.log(2.0 * math.pi)
@@ -254,7 +255,18 @@ def nine_gaussians() -> Target:
     Zhang and Chen, "Path integral sampler: a stochastic control approach for sampling", ICLR 2022;
     the 2-D mixture of the tables on diffusion samplers.
     """
-    axis = np.array([-5.0, 0.0, 5.0])
+    return _square_of_gaussians([-5.0, 0.0, 5.0])
+
+
+def twenty_five_gaussians() -> Target:
+    """Twenty-five equal Gaussians on the grid {-10, -5, 0, 5, 10}² with variance 0.3.
+
+    Sendera et al., "Improved off-policy training of diffusion samplers", NeurIPS 2024.
+    """
+    return _square_of_gaussians([-10.0, -5.0, 0.0, 5.0, 10.0])
+
+
+def _square_of_gaussians(axis: list[float]) -> Target:
     means = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1).reshape(-1, 2)
     return gaussian_mixture(means, math.sqrt(0.3))
 

@@ -25,6 +25,7 @@ TARGETS = {
     "ill_conditioned": (lambda: targets.ill_conditioned_gaussian(2, 25.0), 24.0),
     "ill_conditioned_rotated": (lambda: targets.ill_conditioned_gaussian(2, 25.0, seed=3), 24.0),
     "nine_gaussians": (targets.nine_gaussians, 12.0),
+    "twenty_five_gaussians": (targets.twenty_five_gaussians, 17.0),
     "conjugate_gaussian": (lambda: targets.conjugate_gaussian(2, 0.8), 9.0),
     "rosenbrock": (lambda: targets.rosenbrock(2, 0.4, 2.0), 80.0),
     "two_moons": (targets.two_moons, 7.0),

@@ -15,6 +15,8 @@ Pan et al., "Better training of GFlowNets with local credit and incomplete traje
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -88,46 +90,26 @@ def forward_looking(
 
 
 def forward_looking_detailed_balance(
-    environment: Environment,
-    policy: Policy,
-    *,
-    reward_params: Params = (),
-    chunk_size: int = 64,
-    **options,
+    environment: Environment, policy: Policy, **options
 ) -> Objective:
     """``detailed_balance`` with a forward-looking flow; ``options`` are the same.
 
     ``reward_params`` are the parameters of the reward and of the energies of states.
     """
-    flow_fn = forward_looking(environment, reward_params=reward_params, chunk_size=chunk_size)
-    return detailed_balance(
-        environment,
-        policy,
-        reward_params=reward_params,
-        flow_fn=flow_fn,
-        chunk_size=chunk_size,
-        **options,
-    )
+    return detailed_balance(environment, policy, **_looking_forward(environment, options))
 
 
 def forward_looking_subtrajectory_balance(
-    environment: Environment,
-    policy: Policy,
-    *,
-    reward_params: Params = (),
-    chunk_size: int = 64,
-    **options,
+    environment: Environment, policy: Policy, **options
 ) -> Objective:
     """``subtrajectory_balance`` with a forward-looking flow; ``options`` are the same.
 
     ``reward_params`` are the parameters of the reward and of the energies of states.
     """
-    flow_fn = forward_looking(environment, reward_params=reward_params, chunk_size=chunk_size)
-    return subtrajectory_balance(
-        environment,
-        policy,
-        reward_params=reward_params,
-        flow_fn=flow_fn,
-        chunk_size=chunk_size,
-        **options,
-    )
+    return subtrajectory_balance(environment, policy, **_looking_forward(environment, options))
+
+
+def _looking_forward(environment: Environment, options: dict[str, Any]) -> dict[str, Any]:
+    """The options with the flow that they ask for."""
+    shared = {name: options[name] for name in ("reward_params", "chunk_size") if name in options}
+    return {**options, "flow_fn": forward_looking(environment, **shared)}

@@ -65,6 +65,7 @@ def reverse_kullback_leibler(
     *,
     reward_params: Params = (),
     sampler: TrajectorySampler | None = None,
+    axis_name: str | None = None,
     chunk_size: int = 64,
 ) -> Objective:
     """Builds the objective; trajectories are drawn from P_F without exploration.
@@ -74,6 +75,8 @@ def reverse_kullback_leibler(
       policy: P_F and P_B.
       reward_params: the reward's parameters.
       sampler: where trajectories come from instead: it must draw from P_F.
+      axis_name: the mapped axis over which devices share the batch, so that the baseline is over
+        all of it.
       chunk_size: states evaluated at a time in the gradient pass.
 
     Returns:
@@ -86,7 +89,11 @@ def reverse_kullback_leibler(
         log_ratio = jax.lax.stop_gradient(
             jnp.sum(scores.log_pf - scores.log_pb, axis=0) - t.log_reward
         )
-        others = (log_ratio.sum() - log_ratio) / max(len(log_ratio) - 1, 1)
+        total, count = log_ratio.sum(), len(log_ratio)
+        if axis_name is not None:
+            total = jax.lax.psum(total, axis_name)
+            count = jax.lax.psum(count, axis_name)
+        others = (total - log_ratio) / max(count - 1, 1)
         values = jax.vmap(reverse_surrogate, (1, 1, 0, 0))(
             scores.log_pf, scores.log_pb, t.log_reward, others
         )

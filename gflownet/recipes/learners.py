@@ -287,7 +287,7 @@ def _path_consistency(config, environment, policy, options):
 
 def _reverse_kullback_leibler(config, environment, policy, options):
     return objectives.reverse_kullback_leibler(
-        environment, policy, chunk_size=options["chunk_size"]
+        environment, policy, axis_name=AXIS_NAME, chunk_size=options["chunk_size"]
     )
 
 

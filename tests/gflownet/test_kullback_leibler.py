@@ -151,3 +151,30 @@ def test_forward_objective_is_maximum_likelihood(x64):
     )
     np.testing.assert_allclose(gradient["forward"], exact["forward"], atol=0.05)
     assert np.abs(exact["forward"]).max() > 0.1
+
+
+def test_the_baseline_is_of_all_devices(x64):
+    """Slices of 1 and of 2 devices have the same mean gradient; with baselines of their own, not."""
+    environment, policy = tabular(diamond())
+    tables = random_tables(environment, 3)
+    keys = jax.random.split(jax.random.key(0), 8)
+
+    def mean_gradient(num_devices, axis_name):
+        objective = reverse_kullback_leibler(environment, policy, axis_name=axis_name)
+
+        def device(keys):
+            carry = objective.init(keys[0], {"policy": tables}, keys)
+            return jax.grad(lambda params: objective.loss(params, carry, keys, ())[0])(
+                {"policy": tables}
+            )
+
+        slices = keys.reshape(num_devices, -1)
+        gradients = jax.jit(jax.vmap(device, axis_name="devices"))(slices)
+        return jax.tree.map(lambda leaf: leaf.mean(axis=0), gradients)
+
+    together = mean_gradient(1, "devices")
+    close(mean_gradient(2, "devices"), together)
+    own = mean_gradient(2, None)
+    assert (
+        max(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.abs(a - b).max(), own, together))) > 0.01
+    )

@@ -154,7 +154,7 @@ def test_forward_objective_is_maximum_likelihood(x64):
 
 
 def test_the_baseline_is_of_all_devices(x64):
-    """Slices of 1 and of 2 devices have the same mean gradient; with baselines of their own, not."""
+    """Slices of 1 and 2 devices have the same mean gradient; with baselines of their own, not."""
     environment, policy = tabular(diamond())
     tables = random_tables(environment, 3)
     keys = jax.random.split(jax.random.key(0), 8)

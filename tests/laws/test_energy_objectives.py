@@ -155,12 +155,14 @@ OBJECTIVES = {
             moved_per_example=2,
             ess_threshold=0.9999,
             axis_name=axis_name,
-        )
+        ),
+        is_noisy=False,  # walkers are weighed where they are, then moved
     ),
     "jarzynski_with_a_kernel": Case(
         lambda axis_name: jarzynski(
             energy_fn, mala(step_size=0.2), gaussian_walker, axis_name=axis_name
-        )
+        ),
+        is_noisy=False,
     ),
     "cooperative": Case(
         lambda axis_name: regularized(

@@ -70,7 +70,8 @@ def test_four_seeds(dim):
 
 def test_each_example_comes_once_in_a_pass():
     run = recipe.build(recipe.config(num_data=7, batch_size=7))
-    batch = jax.vmap(lambda i: run.source.example(run.source.arrays, jax.random.key(0), i))(
+    arrays = jax.tree.map(jax.numpy.asarray, run.source.arrays)
+    batch = jax.vmap(lambda i: run.source.example(arrays, jax.random.key(0), i))(
         np.arange(14, dtype=np.uint32)
     )
     np.testing.assert_array_equal(batch[:7], run.source.arrays)

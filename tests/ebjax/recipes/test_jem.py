@@ -110,7 +110,7 @@ def test_the_plain_twin_classifies_and_has_no_chains():
     run = recipe.build(config)
     state = train(run, config).state
     assert state.carry == ()
-    assert run.monitor(jax.random.key(3), state)["accuracy_held_out"] > 0.93
+    assert run.monitor(jax.random.key(3), state)["accuracy_held_out"] > 0.9  # chance: 0.1
 
 
 def test_births_from_class_gaussians():

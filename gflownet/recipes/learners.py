@@ -1,6 +1,7 @@
 """Objectives of the flow recipes: each with its parameters, optimizers and estimate of log Z.
 
-All policies are one network, with a head for log F where the objective learns one. Exceptions:
+All policies are one network, by default a perceptron, with a head for log F where the objective
+learns one. Exceptions:
 ``tlm`` learns P_B by a network of its own, and ``led`` a potential beside the policy.
 
 The forward-looking objectives use the intermediate energy of the environment, or -log R of every
@@ -27,7 +28,7 @@ from gflownet.objectives.target_network import with_target
 from gflownet.policies import mlp_policy, separate_backward
 from gflownet.types import Environment, Policy
 
-__all__ = ["LEARNERS", "RESIDUAL_LOSSES", "Learner"]
+__all__ = ["LEARNERS", "RESIDUAL_LOSSES", "Learner", "mlp_of_config"]
 
 RESIDUAL_LOSSES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "squared": objectives.squared,
@@ -71,7 +72,8 @@ def _epsilon(config: Any) -> optax.Schedule:
     return optax.constant_schedule(config.epsilon)
 
 
-def _policy(config: Any, environment: Environment, *, with_flow: bool) -> Policy:
+def mlp_of_config(config: Any, environment: Environment, *, with_flow: bool) -> Policy:
+    """The network of a recipe that does not bring its own."""
     return mlp_policy(
         environment.num_actions,
         config.hidden_features,
@@ -136,8 +138,8 @@ def _learner(
 ):
     """A learner of one network, with further entries of ``params`` from ``extra``."""
 
-    def learner(config: Any, environment: Environment) -> Learner:
-        policy = _policy(config, environment, with_flow=with_flow)
+    def learner(config: Any, environment: Environment, make_policy=mlp_of_config) -> Learner:
+        policy = make_policy(config, environment, with_flow=with_flow)
         options = {"epsilon": _epsilon(config), "chunk_size": config.chunk_size}
         groups = {
             "policy": adam(_rate(config, config.learning_rate)),
@@ -366,7 +368,8 @@ def _trajectory_likelihood(config: Any, environment: Environment) -> Learner:
     )
 
 
-LEARNERS: dict[str, Callable[[Any, Environment], Learner]] = {
+# (config, environment, make_policy=mlp_of_config) -> Learner. "led" and "tlm" take no other network.
+LEARNERS: dict[str, Callable[..., Learner]] = {
     "tb": _learner(_trajectory_balance, log_z=_own_log_z, extra=_zero_log_z),
     "vargrad": _learner(_log_partition_variance, log_z=_from_samples),
     "db": _learner(_detailed_balance, with_flow=True),

@@ -1,8 +1,8 @@
 """Objectives of the flow recipes: each with its parameters, optimizers and estimate of log Z.
 
 All policies are one network, by default a perceptron, with a head for log F where the objective
-learns one. Exceptions:
-``tlm`` learns P_B by a network of its own, and ``led`` a potential beside the policy.
+learns one. Exceptions: ``tlm`` learns P_B by a network of its own, and ``led`` a potential beside
+the policy.
 
 The forward-looking objectives use the intermediate energy of the environment, or -log R of every
 state where there is none, as if it stopped.
@@ -368,7 +368,7 @@ def _trajectory_likelihood(config: Any, environment: Environment) -> Learner:
     )
 
 
-# (config, environment, make_policy=mlp_of_config) -> Learner. "led" and "tlm" take no other network.
+# (config, environment, make_policy=mlp_of_config) -> Learner; "led" and "tlm" keep the perceptron.
 LEARNERS: dict[str, Callable[..., Learner]] = {
     "tb": _learner(_trajectory_balance, log_z=_own_log_z, extra=_zero_log_z),
     "vargrad": _learner(_log_partition_variance, log_z=_from_samples),

@@ -1,14 +1,19 @@
 """Policies: P_F and P_B of a state."""
 
 from gflownet.policies.diffusion import DiffusionPolicy, diffusion_policy
+from gflownet.policies.graphs import vertex_policy
 from gflownet.policies.networks import mlp_policy
 from gflownet.policies.separate import separate_backward
 from gflownet.policies.tabular import tabular_policy
+from gflownet.policies.transformer import pair_policy, transformer_policy
 
 __all__ = [
     "DiffusionPolicy",
     "diffusion_policy",
     "mlp_policy",
+    "pair_policy",
     "separate_backward",
     "tabular_policy",
+    "transformer_policy",
+    "vertex_policy",
 ]

@@ -11,7 +11,36 @@ import jax.numpy as jnp
 from gflownet.distributions import MaskedCategorical
 from gflownet.types import Policy, PolicyOutput
 
-__all__ = ["mlp_policy"]
+__all__ = ["check_backward", "masked_output", "mlp_policy"]
+
+
+def check_backward(backward: str) -> bool:
+    """Whether P_B is learned; refuses what is neither ``"learned"`` nor ``"uniform"``."""
+    if backward not in ("learned", "uniform"):
+        raise ValueError(f"backward is {backward!r}; it must be 'learned' or 'uniform'.")
+    return backward == "learned"
+
+
+def masked_output(
+    logits: jax.Array,
+    log_flow: jax.Array | None,
+    forward_mask: jax.Array,
+    backward_mask: jax.Array,
+) -> PolicyOutput:
+    """The output of a network over discrete actions.
+
+    Args:
+      logits: [2, A] of P_F and P_B, or [1, A] of P_F where P_B is uniform.
+      log_flow: [] or ``None``.
+      forward_mask: [A] bool.
+      backward_mask: [A] bool.
+    """
+    backward = logits[1] if len(logits) == 2 else jnp.zeros_like(logits[0])
+    return PolicyOutput(
+        forward=MaskedCategorical(logits[0], forward_mask),
+        backward=MaskedCategorical(backward, backward_mask),
+        log_flow=log_flow,
+    )
 
 
 class _MLPHeads(nn.Module):
@@ -48,10 +77,8 @@ def mlp_policy(
     Raises:
       ValueError: for another ``backward``.
     """
-    if backward not in ("learned", "uniform"):
-        raise ValueError(f"backward is {backward!r}; it must be 'learned' or 'uniform'.")
-    is_learned = backward == "learned"
-    num_logits = num_actions * (2 if is_learned else 1)
+    num_directions = 1 + check_backward(backward)
+    num_logits = num_actions * num_directions
     module = _MLPHeads(tuple(features), num_logits + with_flow, activation)
 
     def init(key, observation):
@@ -59,12 +86,8 @@ def mlp_policy(
 
     def apply(params, observation, forward_mask, backward_mask):
         outputs = module.apply({"params": params}, observation)
-        logits = outputs[:num_logits]
-        backward_logits = logits[num_actions:] if is_learned else jnp.zeros(num_actions)
-        return PolicyOutput(
-            forward=MaskedCategorical(logits[:num_actions], forward_mask),
-            backward=MaskedCategorical(backward_logits, backward_mask),
-            log_flow=outputs[num_logits] if with_flow else None,
-        )
+        logits = outputs[:num_logits].reshape(num_directions, num_actions)
+        log_flow = outputs[num_logits] if with_flow else None
+        return masked_output(logits, log_flow, forward_mask, backward_mask)
 
     return Policy(init=init, apply=apply)

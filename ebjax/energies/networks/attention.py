@@ -26,6 +26,8 @@ from ebjax.energies.networks.multilayer import check_widths
 from ebjax.types import Energy
 
 __all__ = [
+    "AttentionBlock",
+    "check_heads",
     "masked_mean_and_count",
     "set_energy",
     "vision_transformer_classifier",
@@ -33,17 +35,28 @@ __all__ = [
 ]
 
 
-class _AttentionBlock(nn.Module):
+class AttentionBlock(nn.Module):
+    """``h`` [N, F] to [N, F]; elements that ``mask`` [N] leaves out are read by none.
+
+    Attributes:
+      num_heads: divides F.
+      activation: elementwise, in the perceptron.
+      inner_width: of the perceptron; ``None``: 2 F.
+    """
+
     num_heads: int
     activation: Callable[[jax.Array], jax.Array]
+    inner_width: int | None = None
 
     @nn.compact
     def __call__(self, h, mask=None):
+        """One block."""
         width = h.shape[-1]
+        inner_width = 2 * width if self.inner_width is None else self.inner_width
         attention = nn.MultiHeadDotProductAttention(self.num_heads)
         allowed = None if mask is None else mask[None, None, :]  # who may be read
         h = h + attention(nn.LayerNorm()(h), mask=allowed)
-        inner = self.activation(nn.Dense(2 * width)(nn.LayerNorm()(h)))
+        inner = self.activation(nn.Dense(inner_width)(nn.LayerNorm()(h)))
         return h + nn.Dense(width)(inner)
 
 
@@ -68,11 +81,12 @@ class _VisionTransformer(nn.Module):
         normal = nn.initializers.normal(0.1)
         h = h + self.param("positions", normal, h.shape).astype(h.dtype)
         for _ in range(self.num_layers):
-            h = _AttentionBlock(self.num_heads, self.activation)(h)
+            h = AttentionBlock(self.num_heads, self.activation)(h)
         return nn.Dense(self.num_outputs)(nn.LayerNorm()(h).mean(axis=0))
 
 
-def _check_heads(width: int, num_layers: int, num_heads: int) -> None:
+def check_heads(width: int, num_layers: int, num_heads: int) -> None:
+    """Refuses sizes that make no stack of blocks, naming the one that is wrong."""
     if num_layers < 0:
         raise ValueError(f"num_layers is {num_layers}; it must be at least 0.")
     if num_heads < 1 or width % num_heads:
@@ -82,7 +96,7 @@ def _check_heads(width: int, num_layers: int, num_heads: int) -> None:
 def _make_transformer(patch_size, width, num_layers, num_heads, activation, num_outputs):
     if patch_size < 1:
         raise ValueError(f"patch_size is {patch_size}; it must be at least 1.")
-    _check_heads(width, num_layers, num_heads)
+    check_heads(width, num_layers, num_heads)
     return _VisionTransformer(patch_size, width, num_layers, num_heads, activation, num_outputs)
 
 
@@ -159,7 +173,7 @@ class _Set(nn.Module):
         h = self.activation(nn.Dense(self.width)(x))
         h = nn.Dense(self.width)(h)
         for _ in range(self.num_layers):
-            h = _AttentionBlock(self.num_heads, self.activation)(h, mask)
+            h = AttentionBlock(self.num_heads, self.activation)(h, mask)
         out = masked_mean_and_count(self.activation(h), mask)
         for width in self.features:
             out = self.activation(nn.Dense(width)(out))
@@ -196,6 +210,6 @@ def set_energy(
     >>> bool(jnp.isfinite(energy.apply(params, x, jnp.array([True, True, False]))))
     True
     """
-    _check_heads(width, num_layers, num_heads)
+    check_heads(width, num_layers, num_heads)
     features = check_widths("features", features)
     return from_linen(_Set(width, num_layers, num_heads, features, activation))

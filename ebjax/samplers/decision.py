@@ -4,10 +4,10 @@
 
 A step selects many arrays by one decision: the position, its energy, its gradient. XLA may compute
 a cheap decision anew in each loop that selects by it, and may round differently there (a product
-and a sum become one operation or stay two). Where log u and log a are equal but for rounding, once
-in some ten thousand steps in float32, a chain would then have the position of the proposal and the
-energy of its start, and would hold on to it for as long as that energy is too low. An exponential
-is dear enough to be computed once, and comparing it with u rounds nothing.
+and a sum become one operation or stay two). Where log u and log a are equal but for rounding, a
+chain would then have the position of the proposal and the energy of its start, and would hold on to
+it for as long as that energy is too low. An exponential is dear enough to be computed once, and
+comparing it with u rounds nothing.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class _Step(NamedTuple):
     Attributes:
       moves: [] bool, whether it takes an action.
       state: the next state.
-      action: [] int32.
+      action: [] int32, or an ``Action``.
       here: [] log-probability of the action.
       last: [] log-probability of the action before, in the other direction.
       is_choice: [] bool, whether one of the two was one of several possible.
@@ -37,7 +37,7 @@ class _Step(NamedTuple):
 
     moves: jax.Array
     state: State
-    action: jax.Array
+    action: PyTree
     here: jax.Array
     last: jax.Array
     is_choice: jax.Array
@@ -48,7 +48,7 @@ class _Buffers(NamedTuple):
     """What a rollout writes, one row a time step."""
 
     states: State
-    actions: jax.Array
+    actions: PyTree
     valid: jax.Array
     is_choice: jax.Array
     here: jax.Array
@@ -69,7 +69,7 @@ class _Lanes(NamedTuple):
 
     trajectory: jax.Array
     state: State
-    action: jax.Array
+    action: PyTree
     moved: jax.Array
     goes_on: jax.Array
 
@@ -108,14 +108,14 @@ def _roll(keys, environment: Environment, start, transition, *, extra_step: bool
     lanes = _Lanes(
         trajectory=jnp.arange(batch_size),
         state=start,
-        action=jnp.zeros(batch_size, jnp.int32),
+        action=environment.action(jnp.zeros(batch_size, jnp.int32)),
         moved=jnp.zeros(batch_size, bool),
         goes_on=jnp.ones(batch_size, bool),
     )
     flow = jax.eval_shape(take_step, step_keys[0], lanes, jnp.asarray(True)).log_flow
     buffers = _Buffers(
         states=jax.tree.map(lambda leaf: jnp.zeros((rows, *leaf.shape), leaf.dtype), start),
-        actions=jnp.zeros(shape, jnp.int32),
+        actions=environment.action(jnp.zeros(shape, jnp.int32)),
         valid=jnp.zeros(shape, bool),
         is_choice=jnp.zeros(shape, bool),
         here=jnp.zeros(shape),
@@ -136,9 +136,7 @@ def _roll(keys, environment: Environment, start, transition, *, extra_step: bool
             last=jnp.where(lanes.moved, step.last, 0.0),
             log_flow=step.log_flow,
         )
-        states = jax.tree.map(
-            lambda new, old: jnp.where(_expand(moves, new), new, old), step.state, lanes.state
-        )
+        states = _select(moves, step.state, lanes.state)
         goes_on = moves if extra_step else moves & jax.vmap(can_move)(states)
         lanes = _Lanes(lanes.trajectory, states, step.action, moves, goes_on)
         return t + 1, lanes, step_keys, _write(buffers, row, t)
@@ -186,8 +184,13 @@ def _where_left(log_flow: jax.Array | None, is_left: jax.Array) -> jax.Array | N
     return None if log_flow is None else jnp.where(is_left, log_flow, 0.0)
 
 
-def _expand(mask: jax.Array, leaf: jax.Array) -> jax.Array:
-    return mask.reshape(mask.shape + (1,) * (leaf.ndim - mask.ndim))
+def _select(mask: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    """``new`` where ``mask`` holds, over its leading axes."""
+    return jax.tree.map(
+        lambda a, b: jnp.where(mask.reshape(mask.shape + (1,) * (a.ndim - mask.ndim)), a, b),
+        new,
+        old,
+    )
 
 
 def forward_rollout(
@@ -225,7 +228,7 @@ def forward_rollout(
             params, environment.observe(state), forward_mask, environment.backward_mask(state)
         )
         moves = forward_mask.any()
-        action = jnp.where(moves, output.forward.explore(epsilon).sample(key), 0)
+        action = _select(moves, output.forward.explore(epsilon).sample(key), environment.action(0))
         is_choice = (moves & ~output.forward.is_certain()) | (
             ~is_first & ~output.backward.is_certain()
         )
@@ -254,7 +257,7 @@ def forward_rollout(
     )
     trajectories = Trajectories(
         states=states,
-        actions=buffers.actions[:-1],
+        actions=jax.tree.map(lambda leaf: leaf[:-1], buffers.actions),
         valid=buffers.valid[:-1],
         is_choice=buffers.is_choice,
         log_pf=buffers.here[:-1],
@@ -296,7 +299,7 @@ def backward_rollout(
             params, environment.observe(state), environment.forward_mask(state), backward_mask
         )
         moves = backward_mask.any()
-        action = jnp.where(moves, output.backward.sample(key), 0)
+        action = _select(moves, output.backward.sample(key), environment.action(0))
         is_choice = (moves & ~output.backward.is_certain()) | (
             ~is_first & ~output.forward.is_certain()
         )
@@ -323,9 +326,10 @@ def backward_rollout(
     valid = (rows < length)[:-1]
     log_flow = None if buffers.log_flow is None else reverse(buffers.log_flow, 0)
     states = jax.tree.map(lambda leaf, end: reverse(leaf, 0).at[0].set(end), buffers.states, final)
+    actions = jax.tree.map(lambda leaf: reverse(leaf, 1)[:-1], buffers.actions)
     trajectories = Trajectories(
         states=states,
-        actions=jnp.where(valid, reverse(buffers.actions, 1)[:-1], 0),
+        actions=_select(valid, actions, environment.action(jnp.zeros_like(valid, jnp.int32))),
         valid=valid,
         is_choice=reverse(buffers.is_choice, 0) & (rows <= length),
         log_pf=jnp.where(valid, reverse(buffers.last, 0)[:-1], 0.0),

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ebjax.types import Params
+from ebjax.types import Params, PyTree
 from gflownet.compaction import compact_map
 from gflownet.types import Environment, Policy, PolicyOutput, State, Trajectories
 
@@ -108,12 +108,12 @@ def score(
         raise ValueError("The environment has no stop action, which this objective needs.")
     states = trajectories.states
     none = jnp.zeros_like(trajectories.valid[:1])
-    no_action = jnp.zeros_like(trajectories.actions[:1])
+    no_action = environment.action(jnp.zeros_like(none, jnp.int32))
     is_left = jnp.concatenate([trajectories.valid, none])
     items = {
         "state": states,
-        "forward_action": jnp.concatenate([trajectories.actions, no_action]),
-        "backward_action": jnp.concatenate([no_action, trajectories.actions]),
+        "forward_action": _concatenate(trajectories.actions, no_action),
+        "backward_action": _concatenate(no_action, trajectories.actions),
         "is_left": is_left,
         "is_entered": jnp.concatenate([none, trajectories.valid]),
     }
@@ -137,7 +137,7 @@ def score(
         if with_flow:
             values.append(jnp.where(item["is_left"], _log_flow(output), 0.0))
         if with_stop:
-            log_stop = output.forward.log_prob(jnp.asarray(environment.stop_action))
+            log_stop = output.forward.log_prob(environment.action(environment.stop_action))
             values.append(jnp.where(item["is_left"], log_stop, 0.0))
         return tuple(values)
 
@@ -166,6 +166,10 @@ def score(
     log_flow = others.pop(0).reshape(shape) if with_flow else None
     log_stop = others.pop(0).reshape(shape) if with_stop else None
     return Scores(log_pf.reshape(shape)[:-1], log_pb.reshape(shape)[1:], log_flow, log_stop)
+
+
+def _concatenate(first: PyTree, second: PyTree) -> PyTree:
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), first, second)
 
 
 def _log_flow(output: PolicyOutput | Trajectories) -> jax.Array:

@@ -9,8 +9,15 @@ and keeps in its state whether it has stopped; the only backward action of a sto
 the stop, so that log P_B of the stop is 0. The engine keeps which trajectories are done and which
 steps are valid.
 
+An action is an index (int32), or, where ``value_dim`` is not 0, an ``Action``: an index and a value
+in R^D. The value is the same in both directions (what is added by ``step`` and taken away by
+``undo``); P_F and P_B are then densities with respect to one reference measure on the transitions
+of an index, which ``Chart`` describes, and residuals and importance weights hold as they stand.
+
 Shapes: ``T`` the largest number of actions of a trajectory, ``B`` trajectories, ``A`` actions,
-``S`` enumerated states. Trajectories are time-major.
+``S`` enumerated states, ``D`` coordinates of a value. Trajectories are time-major.
+
+Lahlou et al., "A theory of continuous generative flow networks", ICML 2023.
 """
 
 from __future__ import annotations
@@ -19,6 +26,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from ebjax.types import Params, PyTree
 
@@ -26,6 +34,9 @@ State = PyTree
 Observation = PyTree
 
 __all__ = [
+    "Action",
+    "Chart",
+    "ChartedObservation",
     "Distribution",
     "Environment",
     "Observation",
@@ -34,6 +45,49 @@ __all__ = [
     "State",
     "Trajectories",
 ]
+
+
+class Action(NamedTuple):
+    """An action with a value: ``index`` [] int32 and ``value`` [D], 0 where it has no meaning."""
+
+    index: jax.Array
+    value: jax.Array
+
+
+class Chart(NamedTuple):
+    """Where the values of each action of a state lie, in one direction.
+
+        value = low + width · r,    r in [0, 1]^D
+
+    and the reference measure gives ``exp(log_scale)`` to a unit of value. What lies at a width of 0
+    is determined by the state: it has probability 1, and no density. A law with density q(r) over
+    the coordinates of positive width has
+
+        log p(value) = log q(r) - Σ_{width > 0} log width - log_scale
+
+    Attributes:
+      low: [A, D].
+      width: [A, D], not negative.
+      log_scale: [A], 0 where all widths are 0.
+    """
+
+    low: jax.Array
+    width: jax.Array
+    log_scale: jax.Array
+
+
+class ChartedObservation(NamedTuple):
+    """What environments whose actions have values let policies see.
+
+    Attributes:
+      features: [F], for networks.
+      forward: chart of the actions that leave the state.
+      backward: chart of the actions that led to it.
+    """
+
+    features: jax.Array
+    forward: Chart
+    backward: Chart
 
 
 class Environment(NamedTuple):
@@ -49,7 +103,8 @@ class Environment(NamedTuple):
       undo: ``(state, action) -> state``.
       forward_mask: ``state -> [A] bool``.
       backward_mask: ``state -> [A] bool``.
-      observe: ``state -> observation``, what networks see.
+      observe: ``state -> observation``, what networks see; a ``ChartedObservation`` where actions
+        have values.
       num_actions: A.
       max_length: T, the most actions that a trajectory can take, a stop included.
       log_reward: ``(params, state) -> []``, log R of a terminal state; a learned energy fits, with
@@ -61,11 +116,13 @@ class Environment(NamedTuple):
       log_z: log Σ_x R(x) in closed form, where there is one.
       intermediate_energy: ``(params, state) -> []``, an energy of every state that is -log R at
         terminal ones, for forward-looking objectives; where there is one.
+      value_dim: D, coordinates of an action's value. With 0 actions are indices, otherwise each
+        ``action`` above is an ``Action``.
     """
 
     initial: Callable[[jax.Array], State]
-    step: Callable[[State, jax.Array], State]
-    undo: Callable[[State, jax.Array], State]
+    step: Callable[[State, PyTree], State]
+    undo: Callable[[State, PyTree], State]
     forward_mask: Callable[[State], jax.Array]
     backward_mask: Callable[[State], jax.Array]
     observe: Callable[[State], Observation]
@@ -77,15 +134,24 @@ class Environment(NamedTuple):
     state_index: Callable[[State], jax.Array] | None = None
     log_z: float | None = None
     intermediate_energy: Callable[[Params, State], jax.Array] | None = None
+    value_dim: int = 0
+
+    def action(self, index: int | jax.Array, value: jax.Array | float = 0.0) -> PyTree:
+        """The action of an index, with a value (or all zeros) where actions have one."""
+        index = jnp.asarray(index, jnp.int32)
+        if self.value_dim == 0:
+            return index
+        value = jnp.asarray(value, jnp.result_type(float))
+        return Action(index, jnp.broadcast_to(value, (*index.shape, self.value_dim)))
 
 
 class Distribution(Protocol):
     """A law over actions of one state. Gradients flow through ``log_prob`` only."""
 
-    def sample(self, key: jax.Array) -> jax.Array:
+    def sample(self, key: jax.Array) -> PyTree:
         """One action."""
 
-    def log_prob(self, action: jax.Array) -> jax.Array:
+    def log_prob(self, action: PyTree) -> jax.Array:
         """[] log-probability (or density) of an action."""
 
     def is_certain(self) -> jax.Array:
@@ -127,7 +193,7 @@ class Trajectories(NamedTuple):
 
     Attributes:
       states: [T + 1, B, ...]; what stands after the end of a trajectory means nothing.
-      actions: [T, B].
+      actions: [T, B], or an ``Action`` of [T, B] and [T, B, D].
       valid: [T, B] bool, whether the step belongs to the trajectory.
       is_choice: [T + 1, B] bool, whether the forward or the backward action of the trajectory at
         the state was one of several possible.
@@ -141,7 +207,7 @@ class Trajectories(NamedTuple):
     """
 
     states: Any
-    actions: jax.Array
+    actions: Any
     valid: jax.Array
     is_choice: jax.Array
     log_pf: jax.Array

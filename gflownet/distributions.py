@@ -13,14 +13,16 @@ __all__ = ["MaskedCategorical"]
 
 
 class MaskedCategorical(NamedTuple):
-    """Categorical over the allowed actions, ``p_a ∝ exp(logit_a)``, mixed with the uniform law.
+    """Categorical over the allowed actions, ``p_a ∝ exp(logit_a)``; it may be drawn from otherwise.
 
-        p = (1 - ε) softmax(logits over allowed) + ε uniform(allowed)
+        log_prob = log softmax(logits over allowed)
+        probs = (1 - ε) softmax(behaviour logits over allowed) + ε uniform(allowed)
 
     Attributes:
       logits: [A].
       mask: [A] bool, ``True`` where allowed.
       epsilon: [] share of the uniform law; changes what ``sample`` draws, and ``probs``.
+      behaviour_logits: [A] that ``sample`` and ``probs`` use instead, ``None`` for ``logits``.
 
     >>> law = MaskedCategorical(jnp.zeros(3), jnp.array([True, False, True]))
     >>> law.explore(1.0).probs().tolist()
@@ -30,6 +32,7 @@ class MaskedCategorical(NamedTuple):
     logits: jax.Array
     mask: jax.Array
     epsilon: jax.Array | float = 0.0
+    behaviour_logits: jax.Array | None = None
 
     def log_probs(self) -> jax.Array:
         """[A] log-probabilities of the policy itself, without exploration; -inf where forbidden."""
@@ -42,7 +45,9 @@ class MaskedCategorical(NamedTuple):
     def probs(self) -> jax.Array:
         """[A] probabilities that ``sample`` uses."""
         uniform = self.mask / jnp.maximum(self.mask.sum(), 1)
-        return (1.0 - self.epsilon) * jnp.exp(self.log_probs()) + self.epsilon * uniform
+        logits = self.logits if self.behaviour_logits is None else self.behaviour_logits
+        own = jnp.exp(masked_log_softmax(logits, self.mask))
+        return (1.0 - self.epsilon) * own + self.epsilon * uniform
 
     def sample(self, key: jax.Array) -> jax.Array:
         """[] int32, by inversion of the distribution function: one uniform number a draw.
@@ -64,3 +69,7 @@ class MaskedCategorical(NamedTuple):
     def explore(self, epsilon: jax.Array | float) -> MaskedCategorical:
         """The same law with share ``epsilon`` of uniform exploration in ``sample``."""
         return self._replace(epsilon=epsilon)
+
+    def behave(self, logits: jax.Array) -> MaskedCategorical:
+        """The same law with ``sample`` by other logits [A], before uniform exploration."""
+        return self._replace(behaviour_logits=logits)

@@ -1,9 +1,11 @@
 """Where the trajectories of an update come from, apart from what is learned from them.
 
 An objective takes a ``TrajectorySampler``; the default rolls the policy out, exploring by a share
-of uniform actions. No objective needs importance weights for trajectories of another origin: its
-residual is zero on every trajectory at the exact flow (the Kullback-Leibler objectives are the
-exception and say so).
+of uniform actions. Others replay what was found (``gflownet.replay``), search near it
+(``gflownet.local_search``) or end in given objects, and ``mixed_sampler`` puts them together.
+
+No objective needs importance weights for trajectories of another origin: its residual is zero on
+every trajectory at the exact flow (the Kullback-Leibler objectives are the exception and say so).
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from ebjax.types import Params, PyTree
+from gflownet.exploration import exploring_policy
 from gflownet.rollout import backward_rollout, forward_rollout
 from gflownet.types import Environment, Policy, State, Trajectories
 
@@ -54,27 +57,50 @@ class TrajectorySampler(NamedTuple):
     feedback: Callable[[PyTree, Trajectories, jax.Array], PyTree] | None = None
 
 
+Schedule = Callable[[jax.Array], jax.Array]
+
+
 def forward_sampler(
     environment: Environment,
     policy: Policy,
     *,
-    epsilon: Callable[[jax.Array], jax.Array] | float = 0.0,
+    epsilon: Schedule | float = 0.0,
+    temperature: Schedule | float = 1.0,
+    stop_bias: Schedule | float = 0.0,
     reward_params: Params = (),
     group_size: int = 1,
 ) -> TrajectorySampler:
-    """New trajectories by P_F, mixed with uniform exploration.
+    """New trajectories by P_F, tempered and mixed with uniform exploration.
 
     Args:
       environment: the graph and its reward.
       policy: P_F and P_B.
       epsilon: share of uniform exploration, a number or a schedule of the update count.
+      temperature: T > 0 of the behaviour policy P_F^(1/T), likewise (see ``exploring_policy``).
+      stop_bias: what is taken from the logit of the stop, likewise.
       reward_params: the reward's parameters.
       group_size: so many consecutive trajectories start from the same source; what
         ``environment.initial`` draws (a condition, a problem) is then common to them.
 
     Returns:
       A ``TrajectorySampler`` whose carry counts the updates of each slot. Metric: ``epsilon``.
+
+    Raises:
+      ValueError: for a temperature that is not positive, or a stop bias without a stop action.
     """
+
+    def behaviour(count):
+        """The policy to draw by, at an update."""
+        if temperature == 1.0 and stop_bias == 0.0:
+            return policy
+        return exploring_policy(
+            policy,
+            temperature=temperature(count) if callable(temperature) else temperature,
+            stop_bias=stop_bias(count) if callable(stop_bias) else stop_bias,
+            stop_action=environment.stop_action,
+        )
+
+    behaviour(jnp.zeros((), jnp.int32))  # raises what is wrong before anything is drawn
 
     def init(key, params, batch):
         del key, params
@@ -92,7 +118,7 @@ def forward_sampler(
         trajectories = forward_rollout(
             keys,
             environment,
-            policy,
+            behaviour(carry[0]),
             params["policy"],
             epsilon=share,
             reward_params=reward_params,
@@ -177,64 +203,37 @@ def mixed_sampler(parts: Sequence[tuple[TrajectorySampler, int]]) -> TrajectoryS
     for _, count in parts:
         if count < 1:
             raise ValueError(f"count is {count}; each sampler gives at least 1 trajectory.")
-    period = sum(count for _, count in parts)
-    bounds = [sum(count for _, count in parts[:i]) for i in range(len(parts) + 1)]
-
-    def split(tree, axis=0):
-        """The slots of each sampler."""
-
-        def part(leaf, start, end):
-            shape = leaf.shape
-            leaf = leaf.reshape(*shape[:axis], -1, period, *shape[axis + 1 :])
-            leaf = jax.lax.slice_in_dim(leaf, start, end, axis=axis + 1)
-            return leaf.reshape(*shape[:axis], -1, *shape[axis + 1 :])
-
-        return [
-            jax.tree.map(lambda leaf, s=start, e=end: part(leaf, s, e), tree)
-            for start, end in itertools.pairwise(bounds)
-        ]
-
-    def join(trees, axis):
-        """The other way."""
-
-        def joined(*leaves):
-            shape = leaves[0].shape
-            blocks = [
-                leaf.reshape(*shape[:axis], -1, count, *shape[axis + 1 :])
-                for leaf, (_, count) in zip(leaves, parts, strict=True)
-            ]
-            whole = jnp.concatenate(blocks, axis=axis + 1)
-            return whole.reshape(*shape[:axis], -1, *shape[axis + 1 :])
-
-        return jax.tree.map(joined, *trees)
+    counts = [count for _, count in parts]
 
     def init(key, params, batch):
-        _check_divides("the sum of counts", period, len(jax.tree.leaves(batch)[0]))
         keys = jax.random.split(key, len(parts))
         return tuple(
             sampler.init(own_key, params, slots)
-            for (sampler, _), own_key, slots in zip(parts, keys, split(batch), strict=True)
+            for (sampler, _), own_key, slots in zip(
+                parts, keys, split_slots(batch, counts), strict=True
+            )
         )
 
     def sample(params, carry, keys, batch):
-        _check_divides("the sum of counts", period, keys.shape[0])
         drawn, carries, metrics = [], [], {}
-        slots = zip(parts, carry, split(keys), split(batch), strict=True)
+        slots = zip(
+            parts, carry, split_slots(keys, counts), split_slots(batch, counts), strict=True
+        )
         for (sampler, _), own_carry, own_keys, own_batch in slots:
             trajectories, own_carry, own = sampler.sample(params, own_carry, own_keys, own_batch)
             drawn.append(trajectories)
             carries.append(own_carry)
             metrics = {**own, **metrics}
-        return _join_trajectories(join, drawn), tuple(carries), metrics
+        return join_trajectories(drawn, counts), tuple(carries), metrics
 
     def feedback(carry, trajectories, losses):
-        own = _split_trajectories(split, trajectories)
+        own = split_trajectories(trajectories, counts)
         return tuple(
             own_carry
             if sampler.feedback is None
             else sampler.feedback(own_carry, own_trajectories, own_losses)
             for (sampler, _), own_carry, own_trajectories, own_losses in zip(
-                parts, carry, own, split(losses), strict=True
+                parts, carry, own, split_slots(losses, counts), strict=True
             )
         )
 
@@ -246,24 +245,104 @@ def mixed_sampler(parts: Sequence[tuple[TrajectorySampler, int]]) -> TrajectoryS
     )
 
 
+# Batches of several origins: of each ``Σ counts`` consecutive slots, ``count`` belong to each.
+
+
+def split_slots(tree: PyTree, counts: Sequence[int], axis: int = 0) -> list[PyTree]:
+    """The slots of each origin.
+
+    Args:
+      tree: [..., B, ...].
+      counts: slots of each origin in a group of ``Σ counts`` consecutive ones.
+      axis: where B stands.
+
+    Raises:
+      ValueError: if the counts' sum does not divide B.
+
+    >>> [part.tolist() for part in split_slots(jnp.arange(6), (2, 1))]
+    [[0, 1, 3, 4], [2, 5]]
+    """
+    period = sum(counts)
+    bounds = [0, *itertools.accumulate(counts)]
+
+    def part(leaf, start, end):
+        shape = leaf.shape
+        _check_divides("the sum of counts", period, shape[axis])
+        leaf = leaf.reshape(*shape[:axis], -1, period, *shape[axis + 1 :])
+        leaf = jax.lax.slice_in_dim(leaf, start, end, axis=axis + 1)
+        return leaf.reshape(*shape[:axis], -1, *shape[axis + 1 :])
+
+    return [
+        jax.tree.map(lambda leaf, s=start, e=end: part(leaf, s, e), tree)
+        for start, end in itertools.pairwise(bounds)
+    ]
+
+
+def join_slots(parts: Sequence[PyTree], counts: Sequence[int], axis: int = 0) -> PyTree:
+    """The other way.
+
+    >>> join_slots([jnp.array([0, 1, 3, 4]), jnp.array([2, 5])], (2, 1)).tolist()
+    [0, 1, 2, 3, 4, 5]
+    """
+
+    def joined(*leaves):
+        shape = leaves[0].shape
+        blocks = [
+            leaf.reshape(*shape[:axis], -1, count, *shape[axis + 1 :])
+            for leaf, count in zip(leaves, counts, strict=True)
+        ]
+        whole = jnp.concatenate(blocks, axis=axis + 1)
+        return whole.reshape(*shape[:axis], -1, *shape[axis + 1 :])
+
+    return jax.tree.map(joined, *parts)
+
+
 # The trajectory axis of the fields of Trajectories: time-major ones have it second.
 _BATCH_FIRST = ("terminal", "log_reward")
 
 
-def _join_trajectories(join, drawn: list[Trajectories]) -> Trajectories:
-    fields = {}
-    for name in Trajectories._fields:
-        values = [getattr(trajectories, name) for trajectories in drawn]
-        fields[name] = join(values, 0 if name in _BATCH_FIRST else 1)
-    return Trajectories(**fields)
-
-
-def _split_trajectories(split, trajectories: Trajectories) -> list[Trajectories]:
+def split_trajectories(trajectories: Trajectories, counts: Sequence[int]) -> list[Trajectories]:
+    """``split_slots`` of trajectories."""
     fields = {
-        name: split(getattr(trajectories, name), 0 if name in _BATCH_FIRST else 1)
+        name: split_slots(getattr(trajectories, name), counts, 0 if name in _BATCH_FIRST else 1)
         for name in Trajectories._fields
     }
-    count = len(fields["valid"])
     return [
-        Trajectories(**{name: parts[i] for name, parts in fields.items()}) for i in range(count)
+        Trajectories(**{name: parts[i] for name, parts in fields.items()})
+        for i in range(len(counts))
     ]
+
+
+def join_trajectories(parts: Sequence[Trajectories], counts: Sequence[int]) -> Trajectories:
+    """``join_slots`` of trajectories."""
+    return Trajectories(
+        **{
+            name: join_slots(
+                [getattr(part, name) for part in parts], counts, 0 if name in _BATCH_FIRST else 1
+            )
+            for name in Trajectories._fields
+        }
+    )
+
+
+def backward_to_known(
+    keys: jax.Array,
+    environment: Environment,
+    policy: Policy,
+    params: Params,
+    terminal: State,
+    log_reward: jax.Array,
+) -> Trajectories:
+    """``backward_rollout`` from objects whose rewards are known, and not evaluated again."""
+    free = environment._replace(log_reward=lambda params, state: jnp.zeros(()))
+    trajectories = backward_rollout(keys, free, policy, params, terminal)
+    return trajectories._replace(log_reward=jax.lax.stop_gradient(log_reward))
+
+
+def forward_metrics(trajectories: Trajectories) -> dict[str, jax.Array]:
+    """``log_reward`` and ``elbo`` of new trajectories alone, for samplers that give others too."""
+    log_ratio = jnp.sum(trajectories.log_pf - trajectories.log_pb, axis=0)
+    return {
+        "elbo": jnp.mean(trajectories.log_reward - log_ratio),
+        "log_reward": trajectories.log_reward.mean(),
+    }

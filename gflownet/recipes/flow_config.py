@@ -6,11 +6,14 @@ Settings that are left at -1 or 'auto' follow the objective.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from ebjax.training import TrainingConfig, check_at_least, check_between, setting
+from gflownet.local_search import ACCEPTANCE_RULES
 from gflownet.objectives.subtrajectory_balance import NORMALIZATIONS
 from gflownet.recipes.learners import LEARNERS, RESIDUAL_LOSSES
+from gflownet.replay import REPLAY_RULES
 
 __all__ = ["FlowConfig"]
 
@@ -45,6 +48,8 @@ _UNIFORM = ("fm", "mdb", "soft_dqn", "munchausen", "forward_kl")
 _HUBER = ("mdb", "soft_dqn", "munchausen")
 _NEEDS_TARGET = ("tlm",)
 _MAY_HAVE_TARGET = ("mdb", "soft_dqn", "munchausen", "tlm")
+# Expectations under the policy, or of the target, in which trajectories of other origin do not fit.
+_NO_OTHER_TRAJECTORIES = ("reverse_kl", "forward_kl", "tlm")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +77,32 @@ class FlowConfig(TrainingConfig):
     )
     epsilon: float = setting(-1.0, "share of uniform exploration at the start", follows="objective")
     epsilon_decay_steps: int = setting(500, "steps over which exploration falls to 0; 0 keeps it")
+    temperature: float = setting(
+        1.0, "T of the behaviour policy P_F^(1/T); above 1 it explores, and is not learned from"
+    )
+    stop_bias: float = setting(
+        0.0, "what the behaviour policy takes from the logit of the stop; positive: longer paths"
+    )
+    replay: str = setting(
+        "none", f"objects found before, trained on again: none, {', '.join(REPLAY_RULES)}"
+    )
+    replay_share: float = setting(0.5, "replay: share of an update's trajectories")
+    replay_capacity: int = setting(1000, "replay: objects that a buffer keeps")
+    replay_distance: float = setting(
+        0.0, "replay: nothing is kept within this distance of something better; 0: no duplicates"
+    )
+    replay_buffers: int = setting(
+        1, "replay: buffers, each of its part of the batch; devices share none"
+    )
+    local_search_revisions: int = setting(
+        0, "revisions of each new object by local search, all of them trained on; 0: none"
+    )
+    local_search_steps: int = setting(
+        0, "steps back of a revision; 0: half of the longest trajectory"
+    )
+    local_search_accept: str = setting(
+        "better", f"which revisions a chain goes on from: {', '.join(ACCEPTANCE_RULES)}"
+    )
     chunk_size: int = setting(128, "states evaluated at a time in the gradient pass")
     residual_loss: str = setting(
         "auto", f"loss of a residual: {', '.join(RESIDUAL_LOSSES)}, or 'auto'"
@@ -117,6 +148,12 @@ class FlowConfig(TrainingConfig):
         check_at_least(self, 0, "learning_rate", "learning_rate_decay_steps", "log_z_learning_rate")
         check_at_least(self, 0, "epsilon_decay_steps", "flow_floor", "potential_learning_rate")
         check_at_least(self, 1e-6, "terminal_weight")
+        check_at_least(self, 1, "replay_capacity", "replay_buffers")
+        check_at_least(self, 0, "replay_distance", "local_search_revisions", "local_search_steps")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}; it must be positive.")
+        if not math.isfinite(self.stop_bias):
+            raise ValueError(f"stop_bias is {self.stop_bias}; it must be a finite number.")
         check_between(self, 0, 1, "epsilon", "target_rate")
         check_between(self, 0, 0.999999, "munchausen", "potential_dropout")
         if not self.subtrajectory_decay >= 0:
@@ -127,12 +164,15 @@ class FlowConfig(TrainingConfig):
             ("backward_policy", ("learned", "uniform")),
             ("residual_loss", tuple(RESIDUAL_LOSSES)),
             ("subtrajectory_normalize", NORMALIZATIONS),
+            ("replay", ("none", *REPLAY_RULES)),
+            ("local_search_accept", ACCEPTANCE_RULES),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}."
                 )
         self._check_objective()
+        self._check_slots()
         if not self.hidden_features or min(self.hidden_features) < 1:
             raise ValueError(
                 f"hidden_features is {self.hidden_features}; give at least one positive width."
@@ -143,6 +183,15 @@ class FlowConfig(TrainingConfig):
         objective = f"with objective {self.objective!r}"
         if self.objective in ("reverse_kl", "forward_kl") and self.epsilon:
             raise ValueError(f"epsilon is {self.epsilon}; {objective} it must be 0.")
+        for name, plain in (
+            ("temperature", 1.0),
+            ("stop_bias", 0.0),
+            ("replay", "none"),
+            ("local_search_revisions", 0),
+        ):
+            value = getattr(self, name)
+            if self.objective in _NO_OTHER_TRAJECTORIES and value != plain:
+                raise ValueError(f"{name} is {value!r}; {objective} it must be {plain!r}.")
         if self.objective not in _MAY_HAVE_TARGET and self.target_rate:
             raise ValueError(f"target_rate is {self.target_rate}; {objective} it must be 0.")
         if self.objective in _NEEDS_TARGET and not self.target_rate:
@@ -151,4 +200,45 @@ class FlowConfig(TrainingConfig):
             raise ValueError(
                 f"backward_policy is {self.backward_policy!r}; {objective}, which does not teach "
                 "it, it must be 'uniform'."
+            )
+
+    @property
+    def num_replayed(self) -> int:
+        """Replayed trajectories among those of a buffer in one update."""
+        if self.replay == "none":
+            return 0
+        return round(self.replay_share * (self.batch_size // self.replay_buffers))
+
+    @property
+    def num_new(self) -> int:
+        """The others among those of a buffer, or of the whole batch without replay."""
+        if self.replay == "none":
+            return self.batch_size
+        return self.batch_size // self.replay_buffers - self.num_replayed
+
+    def _check_slots(self) -> None:
+        """How the batch is shared out."""
+        if self.replay != "none":
+            if self.batch_size % self.replay_buffers:
+                raise ValueError(
+                    f"replay_buffers is {self.replay_buffers}; it must divide batch_size, which "
+                    f"is {self.batch_size}."
+                )
+            if self.num_devices and self.replay_buffers % self.num_devices:
+                raise ValueError(
+                    f"replay_buffers is {self.replay_buffers}; num_devices, which is "
+                    f"{self.num_devices}, must divide it."
+                )
+            if not (self.num_replayed >= 1 and self.num_new >= 1):
+                raise ValueError(
+                    f"replay_share is {self.replay_share}; it must leave at least one new and one "
+                    f"replayed among the {self.batch_size // self.replay_buffers} trajectories of "
+                    "a buffer."
+                )
+        revisions = self.local_search_revisions
+        if self.num_new % (revisions + 1):
+            raise ValueError(
+                f"local_search_revisions is {revisions}; an object and its revisions, "
+                f"{revisions + 1} trajectories, must divide the {self.num_new} that are new in "
+                f"{'the batch' if self.replay == 'none' else 'the part of a buffer'}."
             )

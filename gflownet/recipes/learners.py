@@ -24,8 +24,11 @@ from ebjax.training import adam, by_group, learning_rate_schedule
 from ebjax.types import Objective, Params
 from gflownet import objectives
 from gflownet.evaluation import evidence_bounds
+from gflownet.local_search import local_search_sampler
 from gflownet.objectives.target_network import with_target
 from gflownet.policies import mlp_policy, separate_backward
+from gflownet.replay import replay_sampler
+from gflownet.sampling import TrajectorySampler, forward_sampler
 from gflownet.types import Environment, Policy
 
 __all__ = ["LEARNERS", "RESIDUAL_LOSSES", "Learner", "mlp_of_config"]
@@ -80,6 +83,38 @@ def mlp_of_config(config: Any, environment: Environment, *, with_flow: bool) -> 
         backward=config.backward_policy,
         with_flow=with_flow,
     )
+
+
+def _sampler(config: Any, environment: Environment, policy: Policy) -> TrajectorySampler:
+    """New trajectories, their revisions, and what is replayed, as far as they are asked for."""
+    sampler = forward_sampler(
+        environment,
+        policy,
+        epsilon=_epsilon(config),
+        temperature=config.temperature,
+        stop_bias=config.stop_bias,
+    )
+    if config.local_search_revisions:
+        sampler = local_search_sampler(
+            environment,
+            policy,
+            sampler,
+            num_steps=config.local_search_steps or max(environment.max_length // 2, 1),
+            num_revisions=config.local_search_revisions,
+            accept=config.local_search_accept,
+        )
+    if config.replay != "none":
+        sampler = replay_sampler(
+            environment,
+            policy,
+            sampler,
+            num_new=config.num_new,
+            num_replayed=config.num_replayed,
+            capacity=config.replay_capacity,
+            rule=config.replay,
+            min_distance=config.replay_distance,
+        )
+    return sampler
 
 
 def _at_source(environment: Environment, policy: Policy, params: Params):
@@ -140,7 +175,10 @@ def _learner(
 
     def learner(config: Any, environment: Environment, make_policy=mlp_of_config) -> Learner:
         policy = make_policy(config, environment, with_flow=with_flow)
-        options = {"epsilon": _epsilon(config), "chunk_size": config.chunk_size}
+        options = {
+            "sampler": _sampler(config, environment, policy),
+            "chunk_size": config.chunk_size,
+        }
         groups = {
             "policy": adam(_rate(config, config.learning_rate)),
             "log_z": adam(_rate(config, config.log_z_learning_rate)),

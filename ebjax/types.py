@@ -29,6 +29,7 @@ Metrics = Mapping[str, jax.Array]
 __all__ = [
     "Energy",
     "EnergyFn",
+    "Flow",
     "Kernel",
     "Metrics",
     "Moments",
@@ -175,6 +176,24 @@ class TrainState(NamedTuple):
     rollbacks: jax.Array
 
 
+class Flow(NamedTuple):
+    """What a run of a GFlowNet walks.
+
+    Attributes:
+      environment: a ``gflownet.Environment``, or what stands for it (the ``DiffusionProcess`` of
+        a diffusion sampler).
+      policy: for ``Run.learned_params``.
+    """
+
+    environment: Any
+    policy: Any
+
+
+def averaged_params(state: TrainState) -> Params:
+    """The exponential moving average of the parameters."""
+    return state.ema
+
+
 class Run(NamedTuple):
     """A recipe made concrete: everything that the training loop and the commands need.
 
@@ -192,6 +211,12 @@ class Run(NamedTuple):
       monitor: ``(key, state) -> figures by name``, cheap enough for every checkpoint, or ``None``.
       monitor_name: the figure of ``monitor`` that says which checkpoint is best; lower is better.
       progress: the metrics that a person watches while the run goes on.
+      learned_params: ``state -> params``, what the run has learned.
+      energy: the energy of the law that was learned, for ``learned_params``; ``None`` where there
+        is none.
+      flow: the graph and the policy that was learned, for ``learned_params``; likewise.
+      draw: ``(key, params) -> example``, one sample as a pure function of ``learned_params``;
+        likewise.
     """
 
     init: Callable[[jax.Array], Params]
@@ -204,6 +229,10 @@ class Run(NamedTuple):
     monitor: Callable[[jax.Array, TrainState], dict[str, float]] | None = None
     monitor_name: str | None = None
     progress: tuple[str, ...] = ("loss",)
+    learned_params: Callable[[TrainState], Params] = averaged_params
+    energy: EnergyFn | None = None
+    flow: Flow | None = None
+    draw: Callable[[jax.Array, Params], PyTree] | None = None
 
 
 class Recipe(NamedTuple):

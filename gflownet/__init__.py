@@ -2,6 +2,7 @@
 
 from gflownet import conditional, environments, exact, objectives, policies, sampling
 from gflownet.distributions import MaskedCategorical
+from gflownet.loading import load
 from gflownet.rollout import backward_rollout, forward_rollout
 from gflownet.scoring import Scores, at_states, score
 from gflownet.types import Environment, Policy, PolicyOutput, Trajectories
@@ -19,6 +20,7 @@ __all__ = [
     "environments",
     "exact",
     "forward_rollout",
+    "load",
     "objectives",
     "policies",
     "sampling",

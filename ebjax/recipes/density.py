@@ -281,6 +281,8 @@ def build(config: DensityConfig) -> Run:
         monitor=monitor,
         monitor_name="kl",
         progress=("loss", "gradient_norm"),
+        energy=method.data_energy,
+        draw=method.sample,
     )
 
 

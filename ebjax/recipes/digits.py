@@ -18,7 +18,7 @@ import numpy as np
 from ebjax.energies import mlp_energy
 from ebjax.numerics import shuffled_index
 from ebjax.objectives import persistent_contrastive_divergence
-from ebjax.samplers import langevin, sample
+from ebjax.samplers import langevin, run_chain, sample
 from ebjax.training import (
     AdamConfig,
     check_at_least,
@@ -114,6 +114,12 @@ def build(config: DigitsConfig) -> Run:
         draws = sample(chain_key, kernel, energy.apply, state.ema, start, **options)
         return start, draws.positions
 
+    def draw(key, params):
+        noise_key, chain_key = jax.random.split(key)
+        chain = kernel.init(energy.apply, params, noise(noise_key))
+        chain, _ = run_chain(chain_key, kernel, energy.apply, params, chain, config.sample_steps)
+        return chain.position
+
     def sample_images(key, state: TrainState, num_samples: int):
         _, positions = run_chains(
             key, state, num_samples, num_samples=1, thinning=config.sample_steps
@@ -191,6 +197,8 @@ def build(config: DigitsConfig) -> Run:
         monitor=monitor,
         monitor_name="frechet_pixel",
         progress=("loss", "energy_data", "energy_samples", "gradient_norm"),
+        energy=energy.apply,
+        draw=draw,
     )
 
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ebjax.energies.joint import free_energy
 from ebjax.energies.networks import mlp_classifier
 from ebjax.numerics import shuffled_index
 from ebjax.objectives.energy_bounded import OutlierBatch, energy_bounded
@@ -250,6 +251,7 @@ def build(config: EnergyOodConfig) -> Run:
         evaluate=evaluate,
         figures=figures,
         progress=("loss", "accuracy", "energy_in", "energy_out"),
+        energy=lambda params, x: free_energy(classifier.apply(params, jnp.ravel(x))),
     )
 
 

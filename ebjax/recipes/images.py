@@ -257,6 +257,8 @@ def build(config: ImagesConfig) -> Run:
         monitor=monitor,
         monitor_name="frechet_pixel",
         progress=("loss", "energy_data", "energy_samples", "gradient_norm"),
+        energy=model.energy,
+        draw=model.draw,
     )
 
 

@@ -205,6 +205,9 @@ def build(config: JarzynskiConfig) -> Run:
         monitor=monitor,
         monitor_name="kl_of_training_data",
         progress=("loss", "log_z", "ess") if config.method == "jarzynski" else ("loss",),
+        learned_params=lambda state: state.params,
+        energy=model.apply,
+        draw=model.sample,
     )
 
 

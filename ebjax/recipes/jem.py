@@ -158,27 +158,26 @@ def build(config: JemConfig) -> Run:
     logits_of = jax.jit(jax.vmap(classifier.apply, (None, 0)))
     energies_of = jax.jit(jax.vmap(joint_energy(classifier.apply), (None, 0)))
 
-    @jax.jit
-    def draw(params, keys, labels):
-        """[N, 8, 8, 1] ends of chains; a label of -1 descends the energy of all classes."""
+    def draw(key, params, label=-1):
+        """[8, 8, 1] end of a chain; a label of -1 descends the energy of all classes."""
 
-        def one(key, label):
-            def descended(params, x):
-                logits = classifier.apply(params, x)
-                return jnp.where(label < 0, free_energy(logits), -logits[label])
+        def descended(params, x):
+            logits = classifier.apply(params, x)
+            return jnp.where(label < 0, free_energy(logits), -logits[label])
 
-            birth_key, chain_key = jax.random.split(key)
-            state = kernel.init(descended, params, birth(birth_key))
-            steps = config.sample_steps
-            return run_chain(chain_key, kernel, descended, params, state, steps)[0].position
+        birth_key, chain_key = jax.random.split(key)
+        state = kernel.init(descended, params, birth(birth_key))
+        steps = config.sample_steps
+        return run_chain(chain_key, kernel, descended, params, state, steps)[0].position
 
-        return jax.vmap(one)(keys, labels)
+    draw_many = jax.jit(jax.vmap(draw, (0, None, 0)))
 
     def sample_images(key, state: TrainState, num_samples: int):
         any_key, class_key = jax.random.split(key)
         labels = np.arange(num_samples) % _NUM_CLASSES
-        images = draw(state.ema, jax.random.split(any_key, num_samples), np.full(num_samples, -1))
-        of_class = draw(state.ema, jax.random.split(class_key, num_samples), labels)
+        anything = np.full(num_samples, -1)
+        images = draw_many(jax.random.split(any_key, num_samples), state.ema, anything)
+        of_class = draw_many(jax.random.split(class_key, num_samples), state.ema, labels)
         return {
             "images": np.asarray(images),
             "energies": np.asarray(energies_of(state.ema, images)),
@@ -215,6 +214,8 @@ def build(config: JemConfig) -> Run:
         progress=("loss", "cross_entropy", "accuracy", "energy_gap")[
             : 4 if config.likelihood_weight else 3
         ],
+        energy=joint_energy(classifier.apply),
+        draw=draw,
     )
 
 

@@ -38,7 +38,7 @@ from ebjax.samplers.rbm_marginal import (
     rbm_annealed_log_z,
     rbm_marginal_gibbs,
 )
-from ebjax.samplers.run import sample
+from ebjax.samplers.run import run_chain, sample
 from ebjax.training import (
     ScheduleConfig,
     check_at_least,
@@ -218,6 +218,16 @@ def build(config: RBMConfig) -> Run:
         )
         return np.concatenate([np.asarray(start)[None], np.asarray(draws.positions)])
 
+    def energy_fn(params: RBMParams, x: jax.Array) -> jax.Array:
+        return rbm_free_energy(params, jnp.ravel(x))
+
+    def draw(key, params: RBMParams):
+        start_key, chain_key = jax.random.split(key)
+        chain = kernel.init(rbm_free_energy, params, independent_pixels(start_key))
+        steps = config.sample_steps
+        chain, _ = run_chain(chain_key, kernel, rbm_free_energy, params, chain, steps)
+        return chain.position.reshape(shape)
+
     def sample_images(key, state: TrainState, num_samples: int):
         positions = run_chains(key, state.ema, num_samples, 1, config.sample_steps)[-1]
         probabilities = reconstruct(state.ema, jnp.asarray(positions))
@@ -313,6 +323,8 @@ def build(config: RBMConfig) -> Run:
         monitor=monitor,
         monitor_name="negative_pseudo_log_likelihood",
         progress=("energy_gap", "chains_finite", "gradient_norm"),
+        energy=energy_fn,
+        draw=draw,
     )
 
 

@@ -25,7 +25,7 @@ from ebjax.training import (
     check_between,
     setting,
 )
-from ebjax.types import Recipe, Run, Source, Target, TrainState
+from ebjax.types import Flow, Recipe, Run, Source, Target, TrainState
 from gflownet.diffusion import (
     DIFFUSION_LOSSES,
     DiffusionProcess,
@@ -207,6 +207,9 @@ def build(config: DiffusionConfig) -> Run:
         monitor=monitor,
         monitor_name="gap",
         progress=("loss", "elbo", "log_reward", "gradient_norm"),
+        learned_params=lambda state: state.ema["policy"],
+        flow=Flow(process, policy),
+        draw=lambda key, params: draw(key, process, policy, params, target.energy, (), dim)[0],
     )
 
 

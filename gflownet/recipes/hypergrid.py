@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ebjax.training import check_at_least, setting
-from ebjax.types import Recipe, Run, Source, TrainState
+from ebjax.types import Flow, Recipe, Run, Source, TrainState
 from gflownet import exact
 from gflownet.environments import HypergridState, hypergrid
 from gflownet.evaluation import sampling_floor
@@ -70,6 +70,9 @@ def build(config: HypergridConfig) -> Run:
         ),
         static_argnums=2,
     )
+
+    def draw_one(key, params):
+        return forward_rollout(key[None], environment, policy, params).terminal.position[0]
 
     def sample(key, state: TrainState, num_samples: int):
         trajectories = draw(key, learner.policy_params(state.ema), num_samples)
@@ -150,6 +153,9 @@ def build(config: HypergridConfig) -> Run:
         monitor=monitor,
         monitor_name="total_variation" if is_enumerable else "log_z_error",
         progress=("loss", learner.progress, "log_reward", "trajectory_length"),
+        learned_params=lambda state: learner.policy_params(state.ema),
+        flow=Flow(environment, policy),
+        draw=draw_one,
     )
 
 

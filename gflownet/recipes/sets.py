@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from ebjax.training import setting
-from ebjax.types import Recipe, Run, Source, TrainState
+from ebjax.types import Flow, Recipe, Run, Source, TrainState
 from gflownet.environments.sets import SET_BENCHMARKS, inclusion_probabilities, sets
 from gflownet.recipes.flow_config import FlowConfig
 from gflownet.recipes.learners import LEARNERS
@@ -72,6 +72,9 @@ def build(config: SetsConfig) -> Run:
         static_argnums=2,
     )
 
+    def draw_one(key, params):
+        return forward_rollout(key[None], environment, learner.policy, params).terminal[0]
+
     def sample(key, state: TrainState, num_samples: int):
         drawn = draw(key, learner.policy_params(state.ema), num_samples)
         return {
@@ -121,6 +124,9 @@ def build(config: SetsConfig) -> Run:
         monitor=monitor,
         monitor_name="elbo_gap",
         progress=("loss", learner.progress, "log_reward"),
+        learned_params=lambda state: learner.policy_params(state.ema),
+        flow=Flow(environment, learner.policy),
+        draw=draw_one,
     )
 
 

@@ -13,15 +13,10 @@ figure with a bar ends the output as
 
 from __future__ import annotations
 
-import concurrent.futures
-import json
-import os
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import flags
 from rich.console import Console
@@ -29,6 +24,7 @@ from rich.table import Table as RichTable
 
 from launch import command, runs
 from launch.runs import UserError
+from launch.schedule import Job, Outcome, flags_of, mean_and_deviation, read_figures, run_jobs
 from launch.tables import TABLES, Row, Table
 
 __all__ = ["main", "reproduce"]
@@ -49,48 +45,18 @@ flags.DEFINE_integer(
 flags.DEFINE_string("json", None, "File to write all figures to as well.", flag_values=FLAGS)
 
 
-class Outcome(NamedTuple):
-    """How one run ended: its figures of merit, or what it said when it failed."""
-
-    row: str
-    seed: int
-    figures: dict[str, float] | None
-    error: str = ""
-
-
-def _arguments(row: Row, seed: int, workdir: Path, data_path: str | None) -> list[str]:
+def _job(row: Row, seed: int, folder: Path, data_path: str | None) -> Job:
     settings = {**row.settings, "seed": seed}
     if data_path is not None:
         settings["data_path"] = data_path
-    fields = [f"--config.{name}={value}" for name, value in settings.items()]
-    return [f"--config={row.config}", f"--workdir={workdir}", "--quiet", *row.flags, *fields]
-
-
-def _train(row: Row, seed: int, folder: Path, data_path: str | None, jobs: int) -> Outcome:
-    """One run in a process of its own, unless it is there already."""
     workdir = folder / f"{row.name}-{seed}"
-    finished = workdir / "evaluation.json"
-    if not finished.exists():
-        environment = {
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            **os.environ,
-        }
-        if jobs > 1:
-            environment["JAX_NUM_CPU_DEVICES"] = "1"
-        done = subprocess.run(
-            [sys.executable, "-m", "launch.train", *_arguments(row, seed, workdir, data_path)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=environment,
-        )
-        if done.returncode == 2:
-            raise UserError((done.stderr.strip().splitlines() or ["launch.train failed."])[-1])
-        if done.returncode != 0 or not finished.exists():
-            lines = done.stderr.strip().splitlines() or ["it left no figures"]
-            return Outcome(row.name, seed, None, lines[-1])
-    return Outcome(row.name, seed, json.loads(finished.read_text(encoding="utf-8")))
+    return Job(
+        row.name,
+        seed,
+        workdir,
+        (f"--config={row.config}", *row.flags, *flags_of(settings)),
+        is_finished=read_figures(workdir) is not None,
+    )
 
 
 def reproduce(
@@ -108,37 +74,19 @@ def reproduce(
     if not rows:
         names = ", ".join(row.name for row in table.rows)
         raise UserError(f"only is {','.join(only)!r}, which is in none of the rows {names}.")
-    folder.mkdir(parents=True, exist_ok=True)
-    work = [(row, seed) for seed in range(seeds) for row in rows]
-    outcomes: list[Outcome] = []
-    started = time.perf_counter()
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(_train, row, seed, folder, data_path, jobs) for row, seed in work]
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                outcomes.append(future.result())
-                _print_progress(console, outcomes, len(work), table, started)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    outcomes = run_jobs(
+        [_job(row, seed, folder, data_path) for seed in range(seeds) for row in rows],
+        folder=folder,
+        num_parallel=jobs,
+        console=console,
+        names=table.columns,
+    )
     _print_table(table, rows, outcomes, console)
     bars = _print_bars(table, rows, outcomes, console)
     for outcome in outcomes:
         if outcome.figures is None:
             console.print(f"{outcome.row}, seed {outcome.seed}: {outcome.error}", soft_wrap=True)
     return {"runs": [outcome._asdict() for outcome in outcomes], "bars": bars}
-
-
-def _print_progress(console, outcomes, total, table: Table, started: float) -> None:
-    last = outcomes[-1]
-    left = (time.perf_counter() - started) / len(outcomes) * (total - len(outcomes))
-    if last.figures is None:
-        shown = "failed"
-    else:
-        names = [name for name in table.columns if name in last.figures]
-        shown = "  ".join(f"{name} {last.figures[name]:.4g}" for name in names)
-    line = f"{len(outcomes)}/{total}  {last.row}, seed {last.seed}: {shown}, {left:.0f} s left"
-    console.print(line, soft_wrap=True, highlight=False)
 
 
 def _values(outcomes: list[Outcome], row: str, name: str) -> list[float]:
@@ -158,13 +106,7 @@ def _print_table(table: Table, rows: list[Row], outcomes: list[Outcome], console
     for row in rows:
         own = [outcome for outcome in outcomes if outcome.row == row.name]
         finished = sum(outcome.figures is not None for outcome in own)
-        cells = []
-        for name in table.columns:
-            values = _values(outcomes, row.name, name)
-            cell = "" if not values else f"{statistics.fmean(values):.4g}"
-            if len(values) > 1:
-                cell += f" ± {statistics.stdev(values):.2g}"
-            cells.append(cell)
+        cells = [mean_and_deviation(_values(outcomes, row.name, name)) for name in table.columns]
         shown.add_row(row.name, f"{finished}/{len(own)}", *cells)
     console.print(shown)
     console.print("Mean and standard deviation over the seeds that finished.")

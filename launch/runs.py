@@ -149,6 +149,9 @@ def prepare_workdir(plan: WorkdirPlan, recipe_name: str, recipe_module: str | No
             elif target.exists():
                 target.unlink()
     plan.path.mkdir(parents=True, exist_ok=True)
+    if plan.is_resumed and read_config(plan.path).get("num_steps") != plan.config.num_steps:
+        # Figures of merit are those of the end, which is elsewhere now.
+        (plan.path / "evaluation.json").unlink(missing_ok=True)
     names = {"recipe": recipe_name}
     if recipe_module is not None:
         names["recipe_module"] = recipe_module

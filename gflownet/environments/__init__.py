@@ -1,6 +1,17 @@
 """Environments: the graphs that GFlowNets walk."""
 
 from gflownet.environments.bit_sequences import bit_sequences, hidden_modes, words_to_bits
+from gflownet.environments.bounded_targets import corners_target, steps_target, torus_target
+from gflownet.environments.box import BoxState, box
+from gflownet.environments.composed import (
+    ChoiceState,
+    RestrictedState,
+    choice,
+    enumerated,
+    restricted,
+    stack,
+)
+from gflownet.environments.cube import CubeState, cube
 from gflownet.environments.dags import (
     DagState,
     all_dags,
@@ -27,21 +38,32 @@ from gflownet.environments.sequences import (
     table_log_reward,
 )
 from gflownet.environments.sets import benchmark_sets, inclusion_probabilities, sets
+from gflownet.environments.torus import TorusState, torus
 
 __all__ = [
+    "BoxState",
+    "ChoiceState",
+    "CubeState",
     "DagState",
     "ForestState",
     "HypergridState",
     "IndependentSetState",
+    "RestrictedState",
     "SequenceState",
+    "TorusState",
     "all_dags",
     "benchmark_sets",
     "bge_scores",
     "bit_sequences",
+    "box",
+    "choice",
+    "corners_target",
+    "cube",
     "dags",
     "discrete_energy",
     "edge_marginals",
     "encode_sites",
+    "enumerated",
     "hidden_modes",
     "hypergrid",
     "inclusion_probabilities",
@@ -53,11 +75,16 @@ __all__ = [
     "phylogeny",
     "qm9_strings",
     "random_clique_graph",
+    "restricted",
     "sequence_index",
     "sequences",
     "sets",
+    "stack",
+    "steps_target",
     "table_log_reward",
     "table_sequences",
     "tfbind8",
+    "torus",
+    "torus_target",
     "words_to_bits",
 ]

@@ -2,14 +2,17 @@
 
 from gflownet.policies.diffusion import DiffusionPolicy, diffusion_policy
 from gflownet.policies.graphs import vertex_policy
+from gflownet.policies.mixtures import MIXTURE_FAMILIES, mixture_policy
 from gflownet.policies.networks import mlp_policy
 from gflownet.policies.separate import separate_backward
 from gflownet.policies.tabular import tabular_policy
 from gflownet.policies.transformer import pair_policy, transformer_policy
 
 __all__ = [
+    "MIXTURE_FAMILIES",
     "DiffusionPolicy",
     "diffusion_policy",
+    "mixture_policy",
     "mlp_policy",
     "pair_policy",
     "separate_backward",

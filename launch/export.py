@@ -11,6 +11,8 @@ jax and flatbuffers are installed and nothing else:
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from absl import flags
 
@@ -47,7 +49,7 @@ flags.DEFINE_string(
 def _run(flag_values: flags.FlagValues) -> None:
     if flag_values.workdir is None:
         raise UserError("--workdir is missing; give the directory of a run.")
-    num: int = flag_values["num_samples"].value
+    num: Any = flag_values["num_samples"].value
     if not 0 <= num < 2**31:
         raise UserError(f"num_samples is {num}; it must be at least 0 and below 2**31.")
     output = command.output_file(flag_values, "output")

@@ -46,8 +46,12 @@ RECIPES = {
     "jarzynski": "ebjax.recipes.jarzynski",
     "jem": "ebjax.recipes.jem",
     "rbm": "ebjax.recipes.rbm",
+    "continuous": "gflownet.recipes.continuous",
+    "dags": "gflownet.recipes.dags",
     "diffusion": "gflownet.recipes.diffusion",
     "hypergrid": "gflownet.recipes.hypergrid",
+    "independent_sets": "gflownet.recipes.independent_sets",
+    "phylogeny": "gflownet.recipes.phylogeny",
     "sequences": "gflownet.recipes.sequences",
     "sets": "gflownet.recipes.sets",
 }

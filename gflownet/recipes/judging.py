@@ -1,0 +1,86 @@
+"""What the recipes of discrete flows share: drawing, the exact law, and how it is judged."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ebjax.types import Source, TrainState
+from gflownet import exact
+from gflownet.recipes.learners import Learner
+from gflownet.rollout import forward_rollout
+from gflownet.types import Environment, Trajectories
+
+__all__ = ["NO_EXAMPLES", "ExactLaws", "draw_fn", "exact_laws_fn"]
+
+# Nothing to learn from but the reward.
+NO_EXAMPLES = Source((), lambda arrays, key, position: position)
+
+
+def draw_fn(
+    environment: Environment, learner: Learner
+) -> Callable[[jax.Array, TrainState, int], Trajectories]:
+    """``(key, state, num) -> Trajectories`` of the averaged policy, without exploration."""
+    draw = jax.jit(
+        lambda key, params, num: forward_rollout(
+            jax.random.split(key, num), environment, learner.policy, params
+        ),
+        static_argnums=2,
+    )
+    return lambda key, state, num: draw(key, learner.policy_params(state.ema), num)
+
+
+class ExactLaws(NamedTuple):
+    """The law that the flow draws from beside the target.
+
+    Attributes:
+      states: [X, ...] the terminal states.
+      learned: [X] probabilities.
+      target: [X] R / Z.
+      log_z: log Σ R.
+    """
+
+    states: Any
+    learned: np.ndarray
+    target: np.ndarray
+    log_z: float
+
+    def figures(self) -> dict[str, float]:
+        """Distances of the two laws, and ``reward_ratio``, the mean reward over that of R / Z.
+
+        >>> half = np.array([0.5, 0.5])
+        >>> ExactLaws((), half, half, 0.0).figures()["reward_ratio"]
+        1.0
+        """
+        return {
+            "total_variation": exact.total_variation(self.learned, self.target),
+            "jensen_shannon": exact.jensen_shannon(self.learned, self.target),
+            "kullback_leibler": exact.kullback_leibler(self.learned, self.target),
+            "reward_ratio": float(self.learned @ self.target / (self.target @ self.target)),
+        }
+
+
+def exact_laws_fn(
+    environment: Environment, learner: Learner
+) -> Callable[[TrainState], ExactLaws] | None:
+    """``state -> ExactLaws`` of the averaged policy; ``None`` where states are not enumerated."""
+    if environment.enumerate is None:
+        return None
+
+    @functools.cache
+    def tables() -> exact.Graph:
+        return exact.enumerate_graph(environment)
+
+    def laws(state: TrainState) -> ExactLaws:
+        graph = tables()
+        params = learner.policy_params(state.ema)
+        learned = exact.terminal_distribution(environment, learner.policy, params, graph)
+        target, log_z = exact.target_distribution(environment, graph)
+        states = jax.tree.map(lambda leaf: leaf[graph.terminal], graph.states)
+        return ExactLaws(states, np.asarray(learned, np.float64), np.asarray(target), log_z)
+
+    return laws

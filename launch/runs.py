@@ -50,6 +50,7 @@ CONTENTS = {
     "checkpoints": "saved states; a second launch.train goes on from the newest",
     "damaged_checkpoints": "states that could not be read, set aside",
     "evaluation.json": "figures of merit at the end of the run",
+    "energy_use.json": "energy that was used, where it was tracked",
     "samples.npz": "samples drawn at the end of the run",
     "figures": "pictures of samples, energies and training",
 }
@@ -62,7 +63,7 @@ def default_config(name: str, module: str | None = None) -> ml_collections.Confi
     8
     """
     recipe = find_recipe(name, module)
-    # A field that follows another one stays -1 here: the other may be overridden.
+    # A field that follows another one stays open here: the other may be overridden.
     settings = dataclasses.asdict(recipe.config())
     for field in dataclasses.fields(recipe.config):
         if field.metadata.get("follows"):
@@ -124,7 +125,7 @@ def open_workdir(
     followed = {
         field.name: getattr(old, field.name)
         for field in dataclasses.fields(recipe.config)
-        if field.metadata.get("follows") and settings.get(field.name) == -1
+        if field.metadata.get("follows") and settings.get(field.name) == field.default
     }
     config = make_config(recipe, {**settings, **followed})
     for field in dataclasses.fields(config):

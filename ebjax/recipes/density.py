@@ -119,7 +119,9 @@ class DensityConfig(AdamConfig):
     )
     langevin_step_size: float = setting(-1.0, "h of the chains", follows="dataset")
     kernel: str = setting(
-        "auto", f"the chains of training: {', '.join(KERNELS)}, or 'auto': as the law needs"
+        "auto",
+        f"the chains of training: {', '.join(KERNELS)}, or 'auto': as the law needs",
+        follows="dataset",
     )
     chains_per_example: int = setting(20, "pcd, jarzynski: chains of each example slot")
     walkers_moved: int = setting(4, "jarzynski: how many of these move in one update")

@@ -15,8 +15,9 @@ __all__ = ["TrainingConfig", "check_at_least", "check_between", "setting"]
 def setting(default: Any, help: str = "", *, follows: str | None = None) -> Any:
     """A dataclass field with a default and a line of help for the command line.
 
-    A field that ``follows`` another one takes its value when it is -1. A run keeps the value that
-    it was made with, also when the other field is changed later. A field of the base class that is
+    A field that ``follows`` another one is open, -1 or "auto", by default, and then takes the value
+    that suits the other. A run keeps the value that it was made with, also when the other field is
+    changed later. A field of the base class that is
     declared again, with another default and without help, keeps the help that it had.
     """
     return dataclasses.field(default=default, metadata={"help": help, "follows": follows})

@@ -66,7 +66,9 @@ class FlowConfig(TrainingConfig):
     ema_decay: float = setting(0.99, "decay of the averaged parameters, used for sampling")
     hidden_features: tuple[int, ...] = setting((256, 256), "widths of the policy's hidden layers")
     backward_policy: str = setting(
-        "auto", "P_B: 'learned' on the shared trunk, 'uniform', or 'auto': as the objective needs"
+        "auto",
+        "P_B: 'learned' on the shared trunk, 'uniform', or 'auto': as the objective needs",
+        follows="objective",
     )
     learning_rate: float = setting(-1.0, "learning rate of the policy (Adam)", follows="objective")
     learning_rate_decay_steps: int = setting(
@@ -105,7 +107,7 @@ class FlowConfig(TrainingConfig):
     )
     chunk_size: int = setting(128, "states evaluated at a time in the gradient pass")
     residual_loss: str = setting(
-        "auto", f"loss of a residual: {', '.join(RESIDUAL_LOSSES)}, or 'auto'"
+        "auto", f"loss of a residual: {', '.join(RESIDUAL_LOSSES)}, or 'auto'", follows="objective"
     )
     subtrajectory_decay: float = setting(0.9, "subtb, flsubtb: lambda")
     subtrajectory_normalize: str = setting(

@@ -60,7 +60,9 @@ class SequencesConfig(FlowConfig):
     task: str = setting("bit_sequences", f"which sequences: {', '.join(TASKS)}")
     data_path: str = setting("", "tfbind8, qm9_strings: .npz with 'score', or .npy")
     order: str = setting(
-        "auto", f"where tokens go: {', '.join(ORDERS)}, or 'auto': bits append, others at both ends"
+        "auto",
+        f"where tokens go: {', '.join(ORDERS)}, or 'auto': bits append, others at both ends",
+        follows="task",
     )
     network: str = setting("mlp", f"the policy: {' or '.join(_NETWORKS)}")
     width: int = setting(64, "transformer: features of a place")

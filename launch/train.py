@@ -46,6 +46,7 @@ from ebjax.training import (
 )
 from ebjax.types import Run, TrainState
 from launch import command, runs
+from launch.energy_use import EnergyMeter, check_tracking
 from launch.progress import RunProgress, print_figures, print_run_directory
 from launch.runs import UserError
 
@@ -64,6 +65,9 @@ flags.DEFINE_bool(
 flags.DEFINE_bool("quiet", False, "Print nothing but errors.", flag_values=FLAGS)
 flags.DEFINE_string(
     "recipe_module", None, "Python module that defines your own 'recipe'.", flag_values=FLAGS
+)
+flags.DEFINE_bool(
+    "track_energy", False, "Measure the energy that is used, by codecarbon.", flag_values=FLAGS
 )
 flags.DEFINE_string(
     "coordinator_address", None, "host:port of process 0, for several processes.", flag_values=FLAGS
@@ -208,6 +212,8 @@ def _checked_call(flag_values: flags.FlagValues) -> _Start:
         raise UserError(f"config.recipe is {settings.get('recipe')!r}; it must name a recipe.")
     recipe = runs.find_recipe(settings["recipe"], flag_values.recipe_module)
     plan = runs.open_workdir(flag_values.workdir, recipe, settings, overwrite=flag_values.overwrite)
+    if flag_values.track_energy:
+        check_tracking(plan.path)
     try:
         devices = choose_devices(plan.config.batch_size, plan.config.num_devices)
         run = recipe.build(plan.config)
@@ -253,7 +259,9 @@ def _run(flag_values: flags.FlagValues) -> int:
             f"[bold]{start.recipe_name}[/bold] on {start.num_devices} "
             f"{jax.devices()[0].platform.upper()} {plural}"
         )
-        return _train(start.run, start.plan, state, console, stop_signal)
+        is_tracked = flag_values.track_energy and is_first
+        with EnergyMeter(start.plan.path) if is_tracked else contextlib.nullcontext():
+            return _train(start.run, start.plan, state, console, stop_signal)
 
 
 def _train(

@@ -13,6 +13,7 @@ random walks visit on the way to the end and back to the source. What is checked
 - rewards of terminal states are finite numbers; the intermediate energy is 0 at the source and
   -log R at the end;
 - observations are finite, and differ where a choice has to be made;
+- where actions have values: charts are shaped as they must be, and hold the values of the way back;
 - and with an enumeration: ``state_index`` is its inverse, only the source has no parent, every
   state can be reached, the longest path has ``max_length`` actions, and ``log_z`` is right.
 """
@@ -114,6 +115,13 @@ def check_environment(
     gflownet.testing.EnvironmentCheckError: A walk goes on after max_length = 5 actions.
     """
     _check_shapes(environment, reward_params)
+    if environment.value_dim:
+        from gflownet.testing_values import check_valued_environment
+
+        check_valued_environment(
+            environment, reward_params=reward_params, num_walks=num_walks, seed=seed
+        )
+        return
     walks = _walk(environment, jax.random.key(seed), num_walks)
     tables = _tabulate(environment, reward_params, walks, max_states)
     # The causes before their consequences: a mask that is wrong lets walks go astray.
@@ -161,7 +169,7 @@ def _kind(state: State) -> Any:
 def _check_shapes(environment: Environment, reward_params: Params) -> None:
     initial = environment.initial(jax.random.key(0))
     like = _kind(jax.eval_shape(lambda: initial))
-    action = jnp.zeros((), jnp.int32)
+    action = environment.action(0)
     results = {
         "step": jax.eval_shape(environment.step, initial, action),
         "undo": jax.eval_shape(environment.undo, initial, action),

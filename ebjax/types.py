@@ -242,10 +242,13 @@ class Recipe(NamedTuple):
       config: a frozen dataclass derived from ``ebjax.training.TrainingConfig``; its fields are
         the settings, each with a default and a line of help.
       build: ``config -> Run``.
+      seed_is_key: whether ``config.seed`` enters training by the run's key and in no other way (no
+        split of the data by it, say), so that one program can train several seeds.
     """
 
     config: type
     build: Callable[[Any], Run]
+    seed_is_key: bool = False
 
 
 class bind(functools.partial):  # noqa: N801  (a function to its callers)

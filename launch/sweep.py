@@ -14,6 +14,8 @@ Each run is a launch.train in a directory of its own below --workdir, named by i
 same command goes on where it was: what is finished is not repeated, what was stopped goes on, and
 more values, trials or seeds add runs. The table has the best mean over seeds first, settings of
 which a run failed last; sweep.json in --workdir has all figures of all runs.
+
+With --together one program trains all seeds of a setting, and launch.train then only judges them.
 """
 
 from __future__ import annotations
@@ -38,9 +40,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ebjax.training import read_metrics
+from ebjax.types import Recipe
 from launch import command, runs
 from launch.runs import UserError
 from launch.schedule import Job, Outcome, flags_of, mean_and_deviation, read_figures, run_jobs
+from launch.together import train_together
 
 __all__ = ["main", "points_of"]
 
@@ -62,6 +66,12 @@ flags.DEFINE_string(
 flags.DEFINE_bool("maximize", False, "Whether higher is better.", flag_values=FLAGS)
 flags.DEFINE_integer(
     "jobs", 1, "Runs at a time; with several, each has one CPU device.", flag_values=FLAGS
+)
+flags.DEFINE_bool(
+    "together",
+    False,
+    "Train the seeds of a setting in one program on one device, where the recipe permits it.",
+    flag_values=FLAGS,
 )
 flags.DEFINE_string(
     "recipe_module", None, "Python module that defines your own 'recipe'.", flag_values=FLAGS
@@ -177,16 +187,18 @@ def _name_of(point: Mapping[str, Any]) -> str:
 
 
 def _jobs_of(
-    flag_values: flags.FlagValues, points: Mapping[str, Mapping[str, Any]], folder: Path
-) -> list[Job]:
+    flag_values: flags.FlagValues,
+    recipe: Recipe,
+    points: Mapping[str, Mapping[str, Any]],
+    folder: Path,
+) -> tuple[list[Job], list[runs.WorkdirPlan]]:
     """The runs of all points and seeds, each checked against what its directory holds."""
     config, module = flag_values.config, flag_values.recipe_module
-    recipe = runs.find_recipe(config.recipe, module)
     given = [name.partition(".")[2] for name in flag_values if name.startswith("config.")]
     fixed = {name: config[name] for name in given if name not in ("seed", "recipe")}
     common = [f"--config={config_flags.get_config_filename(flag_values['config'])}"]
     common += [f"--recipe_module={module}"] if module else []
-    jobs = []
+    jobs, plans = [], []
     for i in range(flag_values.seeds):
         for name, point in points.items():
             varied = {**point, "seed": config.seed + i}
@@ -198,7 +210,8 @@ def _jobs_of(
                 is_finished = runs.read_config(workdir).get("num_steps") == plan.config.num_steps
             arguments = (*common, *flags_of({**fixed, **varied}))
             jobs.append(Job(name, config.seed + i, workdir, arguments, is_finished))
-    return jobs
+            plans.append(plan)
+    return jobs, plans
 
 
 def _all_figures(workdir: Path) -> dict[str, float]:
@@ -266,9 +279,8 @@ def _print_table(rows: Sequence[Mapping[str, Any]], metric: str, console: Consol
         console.print("Mean and standard deviation over the seeds that finished.")
 
 
-def _default_metric(config: ConfigDict, module: str | None) -> str:
+def _default_metric(config: ConfigDict, recipe: Recipe) -> str:
     """What chooses the best checkpoint of a run."""
-    recipe = runs.find_recipe(config.recipe, module)
     settings = {name: value for name, value in config.to_dict().items() if name != "recipe"}
     try:
         name = recipe.build(runs.make_config(recipe, settings)).monitor_name
@@ -304,9 +316,21 @@ def _run(flag_values: flags.FlagValues, texts: Sequence[tuple[str, str, str]]) -
                 "give values that differ in letters and digits."
             )
     folder = runs.find_workdir(flag_values.workdir)
-    jobs = _jobs_of(flag_values, points, folder)
-    metric = flag_values.metric or _default_metric(config, flag_values.recipe_module)
+    recipe = runs.find_recipe(config.recipe, flag_values.recipe_module)
+    jobs, plans = _jobs_of(flag_values, recipe, points, folder)
+    metric = flag_values.metric or _default_metric(config, recipe)
     console = Console(width=None if sys.stdout.isatty() else 160)
+    if flag_values.together:
+        for name in points:
+            unfinished = [
+                plan
+                for job, plan in zip(jobs, plans, strict=True)
+                if job.row == name and not job.is_finished
+            ]
+            if train_together(
+                unfinished, recipe, config.recipe, flag_values.recipe_module, console=console
+            ):
+                return 143
     outcomes = run_jobs(
         jobs, folder=folder, num_parallel=flag_values.jobs, console=console, names=(metric,)
     )

@@ -50,7 +50,7 @@ from launch.energy_use import EnergyMeter, check_tracking
 from launch.progress import RunProgress, print_figures, print_run_directory
 from launch.runs import UserError
 
-__all__ = ["main"]
+__all__ = ["StopSignal", "main"]
 
 T = TypeVar("T")
 
@@ -162,7 +162,7 @@ def _agreed(check: Callable[[], T], fingerprint: Callable[[T], str] = lambda res
     return result
 
 
-class _StopSignal:
+class StopSignal:
     """Turns SIGTERM and Ctrl-C into a question that the loop asks between calls.
 
     A second Ctrl-C interrupts at once. Several processes stop by JAX's own preemption service.
@@ -172,7 +172,7 @@ class _StopSignal:
         self.name: str | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> _StopSignal:
+    def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._receive)
@@ -188,6 +188,7 @@ class _StopSignal:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __call__(self) -> bool:
+        """Whether a signal has come."""
         return self.name is not None
 
 
@@ -244,7 +245,7 @@ def _checked_state(start: _Start) -> TrainState:
 
 def _run(flag_values: flags.FlagValues) -> int:
     _use_devices(flag_values)
-    with _StopSignal() as stop_signal:
+    with StopSignal() as stop_signal:
         start = _agreed(
             lambda: _checked_call(flag_values), lambda start: repr((start.plan, start.num_devices))
         )
@@ -269,7 +270,7 @@ def _train(
     plan: runs.WorkdirPlan,
     state: TrainState,
     console: Console,
-    stop_signal: _StopSignal,
+    stop_signal: StopSignal,
 ) -> int:
     config, workdir, step = plan.config, plan.path, int(state.step)
     is_first = jax.process_index() == 0

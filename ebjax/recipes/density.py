@@ -288,4 +288,4 @@ def build(config: DensityConfig) -> Run:
     )
 
 
-recipe = Recipe(DensityConfig, build)
+recipe = Recipe(DensityConfig, build, seed_is_key=True)

@@ -202,4 +202,4 @@ def build(config: DigitsConfig) -> Run:
     )
 
 
-recipe = Recipe(DigitsConfig, build)
+recipe = Recipe(DigitsConfig, build, seed_is_key=True)

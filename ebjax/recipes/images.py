@@ -262,4 +262,4 @@ def build(config: ImagesConfig) -> Run:
     )
 
 
-recipe = Recipe(ImagesConfig, build)
+recipe = Recipe(ImagesConfig, build, seed_is_key=True)

@@ -328,4 +328,4 @@ def build(config: RBMConfig) -> Run:
     )
 
 
-recipe = Recipe(RBMConfig, build)
+recipe = Recipe(RBMConfig, build, seed_is_key=True)

@@ -11,6 +11,7 @@ from ebjax.training.optimizer import (
     by_group,
     learning_rate_schedule,
 )
+from ebjax.training.seeds import train_seeds
 from ebjax.training.update import initial_state, make_update, make_update_many
 
 __all__ = [
@@ -34,4 +35,5 @@ __all__ = [
     "read_metrics",
     "setting",
     "train",
+    "train_seeds",
 ]

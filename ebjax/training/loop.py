@@ -148,7 +148,7 @@ def train(
     def report(end: int, metrics: dict[str, float]) -> None:
         if on_call is not None:
             on_call(end, metrics)
-        if on_log is not None and (_is_save(config, end) or end % config.log_every == 0):
+        if on_log is not None and (is_save_step(config, end) or end % config.log_every == 0):
             on_log(end, metrics, clock.rate(end))
 
     def save(end: int, metrics: dict[str, float], judge: bool) -> dict[str, float]:
@@ -174,7 +174,7 @@ def train(
 
     num_calls, stopping, unread = 0, False, None
     while step < config.num_steps and not stopping:
-        end = _next_end(config, step)
+        end = next_call_end(config, step)
         num_updates = program.place_constant(jnp.asarray(end - step, jnp.int32))
         started = time.perf_counter()
         replicated, split, device_metrics = program.step(replicated, split, (arrays, num_updates))
@@ -189,10 +189,10 @@ def train(
             if unread is not None:
                 report(unread[0], fetch(unread[1]))
             unread = (step, device_metrics)
-            if stopping or _is_save(config, step):
+            if stopping or is_save_step(config, step):
                 # What is saved must be good, so here the host waits.
                 metrics, unread = fetch(device_metrics), None
-                report(step, save(step, metrics, judge=_is_save(config, step)))
+                report(step, save(step, metrics, judge=is_save_step(config, step)))
         except DivergenceError as error:
             good, unread = roll_back(error), None
             step = int(good.step)
@@ -219,12 +219,13 @@ def _collected(program: DataParallel, replicated: TrainState, split: PyTree) -> 
     return state._replace(carry=carry)
 
 
-def _is_save(config: TrainingConfig, step: int) -> bool:
+def is_save_step(config: TrainingConfig, step: int) -> bool:
+    """Whether the state is judged and saved after so many updates."""
     return step % config.checkpoint_every == 0 or step == config.num_steps
 
 
-def _next_end(config: TrainingConfig, step: int) -> int:
-    """The next multiple of anything that ends a call."""
+def next_call_end(config: TrainingConfig, step: int) -> int:
+    """The step at which the call from ``step`` on ends: the next multiple of what ends one."""
     periods = (config.steps_per_call, config.log_every, config.checkpoint_every)
     return min(config.num_steps, *(step - step % period + period for period in periods))
 

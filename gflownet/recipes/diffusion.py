@@ -252,4 +252,4 @@ def _scatter(drawn: np.ndarray, exact: np.ndarray, title: str):
     return figure
 
 
-recipe = Recipe(DiffusionConfig, build)
+recipe = Recipe(DiffusionConfig, build, seed_is_key=True)

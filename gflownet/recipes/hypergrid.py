@@ -189,4 +189,4 @@ def _empirical(positions: np.ndarray, side: int) -> np.ndarray:
     return counts / counts.sum()
 
 
-recipe = Recipe(HypergridConfig, build)
+recipe = Recipe(HypergridConfig, build, seed_is_key=True)

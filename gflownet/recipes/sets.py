@@ -146,4 +146,4 @@ def _inclusion(shares: np.ndarray, exact: np.ndarray, energies: np.ndarray):
     return figure
 
 
-recipe = Recipe(SetsConfig, build)
+recipe = Recipe(SetsConfig, build, seed_is_key=True)

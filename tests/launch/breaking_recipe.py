@@ -41,4 +41,4 @@ def build(config):
     )
 
 
-recipe = Recipe(BreakingConfig, build)
+recipe = Recipe(BreakingConfig, build, seed_is_key=True)

@@ -19,7 +19,8 @@ from command_lines import (
     wait_for,
 )
 
-from launch import schedule, sweep, train
+from ebjax.training import read_metrics
+from launch import schedule, sweep, together, train
 from launch.sweep import Axis, points_of
 
 
@@ -211,3 +212,46 @@ def test_what_every_call_needs_is_asked_for(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "--grid.FIELD=A,B" in out
     assert all(f"--{name}: " in out for name in sweep.FLAGS)
+
+
+def test_seeds_together_are_those_of_separate_runs(base, counted, tmp_path, monkeypatch, capsys):
+    """Also after a stop, from which they go on together; ``launch.train`` only judges them."""
+    base = [*base, "--config.num_steps=20"]
+    separate = [arg.replace("/sweep", "/separate") for arg in base]
+    grid = ["--grid.ema_decay=0.5", "--seeds=3"]
+    call(*separate, *grid)
+    asked = []
+
+    class StopsThen(together.StopSignal):
+        def __call__(self):
+            asked.append(None)
+            return len(asked) >= 3
+
+    with monkeypatch.context() as patch:
+        patch.setattr(together, "StopSignal", StopsThen)
+        call(*base, *grid, "--together", code=143)
+    folders = [tmp_path / "sweep" / f"ema_decay=0.5-{seed}" for seed in range(3)]
+    assert len({final_arrays(folder)[0] for folder in folders} - {20}) == 1
+    assert not any((folder / "evaluation.json").exists() for folder in folders)
+    num_before = len(counted)
+    capsys.readouterr()
+    call(*base, *grid, "--together")
+    assert "3 seeds together, from step 15" in capsys.readouterr().out
+    assert len(counted) == num_before + 3
+    for folder in folders:
+        alone = tmp_path / "separate" / folder.name
+        assert final_arrays(folder)[0] == final_arrays(alone)[0] == 20
+        rows, others = (read_metrics(where / "metrics.jsonl") for where in (folder, alone))
+        assert [row["step"] for row in rows] == [row["step"] for row in others]
+        for row, other in zip(rows, others, strict=True):
+            assert row == pytest.approx(other, rel=1e-4)
+        figures = [json.loads((at / "evaluation.json").read_text()) for at in (folder, alone)]
+        assert figures[0] == pytest.approx(figures[1], rel=1e-5)
+    call(*base, *grid, "--together")  # all is there
+    assert len(counted) == num_before + 3
+
+
+def test_a_recipe_whose_seed_is_more_than_its_key_is_not_trained_together(tmp_path, capsys):
+    call("--config=jem", "--together", "--seeds=2", f"--workdir={tmp_path / 's'}", code=2)
+    assert "the recipe 'jem' uses config.seed for more than" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()

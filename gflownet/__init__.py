@@ -1,6 +1,16 @@
 """GFlowNets in JAX: environments, policies, objectives, rollouts and their exact laws."""
 
-from gflownet import conditional, environments, exact, objectives, policies, sampling
+from gflownet import (
+    conditional,
+    environments,
+    exact,
+    exploration,
+    local_search,
+    objectives,
+    policies,
+    replay,
+    sampling,
+)
 from gflownet.distributions import MaskedCategorical
 from gflownet.loading import load
 from gflownet.rollout import backward_rollout, forward_rollout
@@ -19,10 +29,13 @@ __all__ = [
     "conditional",
     "environments",
     "exact",
+    "exploration",
     "forward_rollout",
     "load",
+    "local_search",
     "objectives",
     "policies",
+    "replay",
     "sampling",
     "score",
 ]

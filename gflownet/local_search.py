@@ -168,7 +168,8 @@ def local_search_sampler(
       environment: the graph and its reward.
       policy: P_F and P_B.
       new: where chains start, usually ``forward_sampler``.
-      num_steps: K, steps of a move back, at least 1; about half of a trajectory serves well.
+      num_steps: K, steps of a move back, at least 1: half of a trajectory where all have one
+        length; few where paths may stop anywhere, which a policy does at first.
       num_revisions: I, moves of a chain, at least 1.
       accept: "better" accepts x' if R(x') > R(x); "metropolis" leaves R / Z invariant.
       trained: "all" or "final". With "all", I + 1 must divide the slots of a device.

@@ -155,10 +155,7 @@ def replay_probabilities(buffer: ReplayBuffer, rule: str) -> jax.Array:
         last = jnp.maximum(count, 1) - 1
         is_high = is_filled & (buffer.log_reward >= descending[last // _TOP])
         is_low = is_filled & (buffer.log_reward <= descending[-(-last // _TOP)])
-        weights = sum(
-            part.astype(buffer.log_reward.dtype) / jnp.maximum(part.sum(), 1)
-            for part in (is_high, is_low)
-        )
+        weights = is_high / jnp.maximum(is_high.sum(), 1) + is_low / jnp.maximum(is_low.sum(), 1)
     else:
         place = jnp.argsort(-buffer.log_reward, stable=True)
         rank = jnp.zeros_like(place).at[place].set(jnp.arange(len(place)))

@@ -2,6 +2,11 @@
 
 from gflownet.policies.diffusion import DiffusionPolicy, diffusion_policy
 from gflownet.policies.graphs import vertex_policy
+from gflownet.policies.max_entropy import (
+    fixed_backward,
+    log_path_counts,
+    max_entropy_backward,
+)
 from gflownet.policies.mixtures import MIXTURE_FAMILIES, mixture_policy
 from gflownet.policies.networks import mlp_policy
 from gflownet.policies.separate import separate_backward
@@ -12,6 +17,9 @@ __all__ = [
     "MIXTURE_FAMILIES",
     "DiffusionPolicy",
     "diffusion_policy",
+    "fixed_backward",
+    "log_path_counts",
+    "max_entropy_backward",
     "mixture_policy",
     "mlp_policy",
     "pair_policy",

@@ -99,9 +99,7 @@ class FlowConfig(TrainingConfig):
     local_search_revisions: int = setting(
         0, "revisions of each new object by local search, all of them trained on; 0: none"
     )
-    local_search_steps: int = setting(
-        0, "steps back of a revision; 0: half of the longest trajectory"
-    )
+    local_search_steps: int = setting(4, "steps back of a revision; the most where paths may stop")
     local_search_accept: str = setting(
         "better", f"which revisions a chain goes on from: {', '.join(ACCEPTANCE_RULES)}"
     )
@@ -150,8 +148,8 @@ class FlowConfig(TrainingConfig):
         check_at_least(self, 0, "learning_rate", "learning_rate_decay_steps", "log_z_learning_rate")
         check_at_least(self, 0, "epsilon_decay_steps", "flow_floor", "potential_learning_rate")
         check_at_least(self, 1e-6, "terminal_weight")
-        check_at_least(self, 1, "replay_capacity", "replay_buffers")
-        check_at_least(self, 0, "replay_distance", "local_search_revisions", "local_search_steps")
+        check_at_least(self, 1, "replay_capacity", "replay_buffers", "local_search_steps")
+        check_at_least(self, 0, "replay_distance", "local_search_revisions")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature is {self.temperature}; it must be positive.")
         if not math.isfinite(self.stop_bias):

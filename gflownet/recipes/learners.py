@@ -99,7 +99,7 @@ def _sampler(config: Any, environment: Environment, policy: Policy) -> Trajector
             environment,
             policy,
             sampler,
-            num_steps=config.local_search_steps or max(environment.max_length // 2, 1),
+            num_steps=config.local_search_steps,
             num_revisions=config.local_search_revisions,
             accept=config.local_search_accept,
         )

@@ -366,7 +366,7 @@ def test_a_recipe_replays_alike_on_two_devices_and_after_an_interruption(tmp_pat
         ({"replay_distance": -1.0}, r"replay_distance is -1\.0"),
         ({"local_search_revisions": 4}, "local_search_revisions is 4"),
         ({"local_search_revisions": 15, "replay": "fifo"}, "local_search_revisions is 15"),
-        ({"local_search_steps": -1}, "local_search_steps is -1"),
+        ({"local_search_steps": 0}, "local_search_steps is 0"),
         ({"local_search_accept": "worse"}, "local_search_accept is 'worse'"),
         ({"temperature": 0.0}, r"temperature is 0\.0"),
         ({"stop_bias": float("inf")}, "stop_bias is inf"),
@@ -389,3 +389,30 @@ def test_shares_of_a_batch():
     assert (config.num_new, config.num_replayed) == (4, 4)
     config = HypergridConfig(batch_size=32, local_search_revisions=7)
     assert (config.num_new, config.num_replayed) == (32, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "num_steps", "largest", "smallest"),
+    [
+        # 16 rewards an update. Uniform actions alone find one of four modes.
+        ({}, 3000, 1.0, 0.7),
+        ({"replay": "prioritized", "batch_size": 32}, 1500, 0.05, 0.0),
+        ({"local_search_revisions": 3}, 3000, 0.2, 0.0),
+    ],
+    ids=["uniform actions", "replay", "local search"],
+)
+def test_sparse_grid(options, num_steps, largest, smallest):
+    config = HypergridConfig(
+        side=20,
+        reward_floor=1e-4,
+        epsilon_decay_steps=0,
+        num_steps=num_steps,
+        log_every=num_steps,
+        checkpoint_every=num_steps,
+        **options,
+    )
+    metrics = []
+    train(build(config), config, on_log=lambda step, logged, rate: metrics.append(logged))
+    assert metrics[-1].get("reward_calls", 1.0) * config.batch_size == 16
+    assert smallest <= metrics[-1]["total_variation"] <= largest

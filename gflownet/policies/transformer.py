@@ -47,9 +47,10 @@ class _SequenceHeads(nn.Module):
         else:
             at_places = nn.Dense(self.num_directions * self.vocabulary)(h)
             at_places = at_places.reshape(length, *shape).swapaxes(0, 1).reshape(shape)
-            num_others = self.num_actions - length * self.vocabulary
-            others = nn.Dense(self.num_directions * num_others)(mean).reshape(shape)
-            logits = jnp.concatenate([at_places, others], axis=1)
+            logits, num_others = at_places, self.num_actions - length * self.vocabulary
+            if num_others:
+                others = nn.Dense(self.num_directions * num_others)(mean).reshape(shape)
+                logits = jnp.concatenate([at_places, others], axis=1)
         return logits, nn.Dense(1)(mean)[0] if self.with_flow else None
 
 

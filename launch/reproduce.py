@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from launch import command, runs
-from launch.runs import UserError
-from launch.schedule import Job, Outcome, flags_of, mean_and_deviation, read_figures, run_jobs
+from launch.runs import UserError, read_figures
+from launch.schedule import Job, Outcome, flags_of, mean_and_deviation, run_jobs
 from launch.tables import TABLES, Row, Table
 
 __all__ = ["main", "reproduce"]

@@ -38,6 +38,7 @@ __all__ = [
     "open_workdir",
     "prepare_workdir",
     "read_config",
+    "read_figures",
     "restore",
     "write_json",
 ]
@@ -157,6 +158,15 @@ def prepare_workdir(plan: WorkdirPlan, recipe_name: str, recipe_module: str | No
     if recipe_module is not None:
         names["recipe_module"] = recipe_module
     write_json(plan.path / "config.json", {**names, **dataclasses.asdict(plan.config)})
+
+
+def read_figures(workdir: Path) -> dict[str, float] | None:
+    """The figures of merit of a finished run, ``None`` where it has none yet."""
+    try:
+        figures = json.loads((workdir / "evaluation.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return figures if isinstance(figures, dict) else None
 
 
 def write_json(path: Path, value: Any) -> None:

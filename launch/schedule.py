@@ -7,7 +7,6 @@ the runs, which save where they are.
 from __future__ import annotations
 
 import concurrent.futures
-import json
 import os
 import signal
 import statistics
@@ -21,9 +20,9 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from launch.runs import UserError
+from launch.runs import UserError, read_figures
 
-__all__ = ["Job", "Outcome", "flags_of", "mean_and_deviation", "read_figures", "run_jobs"]
+__all__ = ["Job", "Outcome", "flags_of", "mean_and_deviation", "run_jobs"]
 
 
 class Job(NamedTuple):
@@ -56,15 +55,6 @@ class Outcome(NamedTuple):
 def flags_of(settings: Mapping[str, Any]) -> list[str]:
     """``--config.name=value`` of each setting."""
     return [f"--config.{name}={value}" for name, value in settings.items()]
-
-
-def read_figures(workdir: Path) -> dict[str, float] | None:
-    """The figures of merit of a finished run, ``None`` where it has none yet."""
-    try:
-        figures = json.loads((workdir / "evaluation.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return figures if isinstance(figures, dict) else None
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:

@@ -15,7 +15,7 @@ same command goes on where it was: what is finished is not repeated, what was st
 more values, trials or seeds add runs. The table has the best mean over seeds first, settings of
 which a run failed last; sweep.json in --workdir has all figures of all runs.
 
-With --together one program trains all seeds of a setting, and launch.train then only judges them.
+With --together one program of this process trains all seeds of a setting.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from rich.table import Table
 from ebjax.training import read_metrics
 from ebjax.types import Recipe
 from launch import command, runs
-from launch.runs import UserError
-from launch.schedule import Job, Outcome, flags_of, mean_and_deviation, read_figures, run_jobs
+from launch.runs import UserError, read_figures
+from launch.schedule import Job, Outcome, flags_of, mean_and_deviation, run_jobs
 from launch.together import train_together
 
 __all__ = ["main", "points_of"]
@@ -331,6 +331,7 @@ def _run(flag_values: flags.FlagValues, texts: Sequence[tuple[str, str, str]]) -
                 unfinished, recipe, config.recipe, flag_values.recipe_module, console=console
             ):
                 return 143
+        jobs, _ = _jobs_of(flag_values, recipe, points, folder)
     outcomes = run_jobs(
         jobs, folder=folder, num_parallel=flag_values.jobs, console=console, names=(metric,)
     )

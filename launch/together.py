@@ -1,7 +1,7 @@
 """Trains the runs of several seeds in one program, each into a run directory of its own.
 
-What it leaves are ordinary run directories without figures of merit, which ``launch.train`` adds;
-it also goes on with a seed that diverged, from its last good checkpoint.
+What it leaves are ordinary run directories. A seed that diverged has no figures of merit, and
+``launch.train`` goes on with it from its last good checkpoint.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ebjax.training import Checkpointer, MetricsWriter, init_state, train_seeds
 from ebjax.types import Recipe
 from launch import runs
 from launch.runs import UserError
-from launch.train import StopSignal
+from launch.train import StopSignal, finish
 
 __all__ = ["train_together"]
 
@@ -28,7 +28,7 @@ def train_together(
     *,
     console: Console,
 ) -> bool:
-    """Trains what the plans say, as far as it is at one step and not done yet.
+    """Trains and judges what the plans say, where it is all at one step and not done yet.
 
     Returns:
       Whether a signal stopped it; everything is saved then.
@@ -77,7 +77,7 @@ def train_together(
     console.print(f"{len(plans)} seeds together, from step {step}", highlight=False)
     try:
         with StopSignal() as stop_signal:
-            train_seeds(
+            ended = train_seeds(
                 run,
                 configs,
                 initial=states,
@@ -90,4 +90,9 @@ def train_together(
             writer.close()
         for checkpointer in checkpointers:
             checkpointer.close()
-    return stop_signal()
+    if stop_signal():
+        return True
+    for plan, state in zip(plans, ended, strict=True):
+        if state is not None:
+            finish(recipe.build(plan.config), plan.config, state, plan.path)
+    return False

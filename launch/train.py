@@ -50,7 +50,7 @@ from launch.energy_use import EnergyMeter, check_tracking
 from launch.progress import RunProgress, print_figures, print_run_directory
 from launch.runs import UserError
 
-__all__ = ["StopSignal", "main"]
+__all__ = ["StopSignal", "finish", "main"]
 
 T = TypeVar("T")
 
@@ -338,28 +338,27 @@ def _train(
         )
         return 0
     if is_first:
-        _finish(run, config, result.state, workdir, console)
+        print_figures(console, finish(run, config, result.state, workdir))
+        print_run_directory(console, workdir)
     _barrier("finished")
     return 0
 
 
-def _finish(
-    run: Run, config: TrainingConfig, state: TrainState, workdir: Path, console: Console
-) -> None:
-    """Samples, figures of merit and pictures of a finished run."""
+def finish(run: Run, config: TrainingConfig, state: TrainState, workdir: Path) -> dict[str, float]:
+    """Writes samples, pictures and figures of merit of a finished run; returns the last."""
     sample_key, evaluate_key, figure_key = jax.random.split(jax.random.key(config.seed + 1), 3)
     samples = run.sample(sample_key, state, 500)
     np.savez(workdir / "samples.npz", **samples)
     evaluation = run.evaluate(evaluate_key, state)
-    runs.write_json(workdir / "evaluation.json", evaluation)
     folder = workdir / "figures"
     folder.mkdir(exist_ok=True)
     figures = run.figures(figure_key, state, samples)
     figures["training_curves"] = training_curves(read_metrics(workdir / "metrics.jsonl"))
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png")
-    print_figures(console, evaluation)
-    print_run_directory(console, workdir)
+    # Last, for it says that the run is finished.
+    runs.write_json(workdir / "evaluation.json", evaluation)
+    return evaluation
 
 
 COMMAND = command.Command("launch.train", __doc__ or "", FLAGS, _run, has_config=True)

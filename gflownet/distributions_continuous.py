@@ -33,7 +33,9 @@ _MAX_PROPOSALS = 1000
 class UnitLaw(Protocol):
     """A law over [0, 1]^D with independent coordinates."""
 
-    is_periodic: bool
+    @property
+    def is_periodic(self) -> bool:
+        """Whether 0 and 1 are the same place."""
 
     def sample(self, key: jax.Array) -> jax.Array:
         """[D] one draw."""
@@ -60,7 +62,10 @@ class BetaMixture(NamedTuple):
     alpha: jax.Array
     beta: jax.Array
 
-    is_periodic = False
+    @property
+    def is_periodic(self) -> bool:
+        """No."""
+        return False
 
     def sample(self, key: jax.Array) -> jax.Array:
         """[D] one draw: of each coordinate a component, then its law by Cheng's rejection."""
@@ -94,7 +99,10 @@ class VonMisesMixture(NamedTuple):
     mean: jax.Array
     concentration: jax.Array
 
-    is_periodic = True
+    @property
+    def is_periodic(self) -> bool:
+        """Yes."""
+        return True
 
     def sample(self, key: jax.Array) -> jax.Array:
         """[D] one draw, by the rejection method of Best and Fisher."""
@@ -184,13 +192,13 @@ class ChartedLaw(NamedTuple):
     """An index by a categorical law, then a value by a law in the chart of that index.
 
     Attributes:
-      index: over the allowed indices.
+      which: over the allowed indices.
       unit: over the coordinates r of all charts.
       chart: where the values of each index lie.
       epsilon: [] share of the uniform law over indices and charts; changes what ``sample`` draws.
     """
 
-    index: MaskedCategorical
+    which: MaskedCategorical
     unit: UnitLaw
     chart: Chart
     epsilon: jax.Array | float = 0.0
@@ -200,7 +208,7 @@ class ChartedLaw(NamedTuple):
         index_key, unit_key, uniform_key = jax.random.split(key, 3)
         coin, *uniform = jax.random.uniform(uniform_key, (1 + self.chart.low.shape[-1],))
         explores = coin < self.epsilon
-        index = self.index.explore(explores.astype(self.index.logits.dtype)).sample(index_key)
+        index = self.which.explore(explores.astype(self.which.logits.dtype)).sample(index_key)
         r = jnp.where(explores, jnp.stack(uniform), self.unit.sample(unit_key))
         return Action(index, self.chart.low[index] + self.chart.width[index] * r)
 
@@ -209,21 +217,21 @@ class ChartedLaw(NamedTuple):
 
         Without exploration, as that of the policy itself.
         """
-        low, width = self.chart.low[action.index], self.chart.width[action.index]
+        low, width = self.chart.low[action.which], self.chart.width[action.which]
         is_free = width > 0.0
         offset = action.value - low
         r = offset / jnp.where(is_free, width, 1.0)
         density = self.unit.log_density(r) - jnp.log(jnp.where(is_free, width, 1.0))
-        value = jnp.sum(jnp.where(is_free, density, 0.0)) - self.chart.log_scale[action.index]
+        value = jnp.sum(jnp.where(is_free, density, 0.0)) - self.chart.log_scale[action.which]
         if not self.unit.is_periodic:
             is_inside = (offset >= -_ROUNDING) & (offset <= width + _ROUNDING)
             value = jnp.where(is_inside.all(), value, -jnp.inf)
-        return self.index.log_prob(action.index) + value
+        return self.which.log_prob(action.which) + value
 
     def is_certain(self) -> jax.Array:
         """[] bool: at most one index is allowed, and it has one value."""
-        has_freedom = (self.chart.width > 0.0).any(axis=-1) & self.index.mask
-        return self.index.is_certain() & ~has_freedom.any()
+        has_freedom = (self.chart.width > 0.0).any(axis=-1) & self.which.mask
+        return self.which.is_certain() & ~has_freedom.any()
 
     def explore(self, epsilon: jax.Array | float) -> ChartedLaw:
         """The same law with share ``epsilon`` of uniform exploration in ``sample``."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from ebjax.types import Params
 from gflownet.testing import EnvironmentCheckError, _require, _row, _show
-from gflownet.types import Action, Chart, ChartedObservation, Environment, State
+from gflownet.types import ChartedObservation, Environment, State
 
 __all__ = ["check_valued_environment"]
 
@@ -37,12 +37,12 @@ class _Steps(NamedTuple):
 
     moves: np.ndarray
     state: State
-    action: Action
-    chart: Chart
+    action: Any
+    chart: Any
     moved: State
     can_return: np.ndarray
     returned: State
-    back_chart: Chart
+    back_chart: Any
 
 
 def check_valued_environment(
@@ -110,10 +110,13 @@ def _check_charts(environment: Environment) -> None:
         "ChartedObservation.",
     )
     actions, dim = environment.num_actions, environment.value_dim
-    expected = Chart((actions, dim), (actions, dim), (actions,))
+    expected = [(actions, dim), (actions, dim), (actions,)]
     for name in ("forward", "backward"):
-        shapes = Chart(*(leaf.shape for leaf in getattr(observation, name)))
-        _require(shapes == expected, f"The {name} chart is {shapes}; it must be {expected}.")
+        shapes = [leaf.shape for leaf in getattr(observation, name)]
+        _require(
+            shapes == expected,
+            f"The arrays of the {name} chart are {shapes}; they must be {expected}.",
+        )
 
 
 def _walk(environment: Environment, reward_params: Params, key: jax.Array, num_walks: int):
@@ -178,11 +181,9 @@ def _check_steps(steps: _Steps, name: str, other: str) -> None:
             ((is_fixed & (chart.log_scale != 0))[..., None], "scales a value that is determined"),
         ):
             _require_nowhere(steps, is_wrong.any(axis=(-1, -2)), f"the {where} chart {what}", name)
-    index = steps.action.index[..., None, None]
-    low, width = (
-        np.take_along_axis(leaf, index, axis=-2)[..., 0, :]
-        for leaf in (steps.back_chart.low, steps.back_chart.width)
-    )
+    index = steps.action.which[..., None, None]
+    low = np.take_along_axis(steps.back_chart.low, index, axis=-2)[..., 0, :]
+    width = np.take_along_axis(steps.back_chart.width, index, axis=-2)[..., 0, :]
     offset = steps.action.value - low
     is_outside = ((offset < -_ROUNDING) | (offset > width + _ROUNDING)).any(axis=-1)
     returns = _near(steps.returned, steps.state, 2)
@@ -199,19 +200,19 @@ def _require_nowhere(steps: _Steps, is_wrong: np.ndarray, what: str, name: str) 
     if len(places):
         place = tuple(map(int, places[0]))
         raise EnvironmentCheckError(
-            f"{name}_mask allows action {int(steps.action.index[place])} at "
+            f"{name}_mask allows action {int(steps.action.which[place])} at "
             f"{_show(_row(steps.state, *place))}, {what}; it leads to "
             f"{_show(_row(steps.moved, *place))}.",
         )
 
 
-def _near(left: State, right: State, num_axes: int) -> np.ndarray:
+def _near(left: State, right: State, num_axes: int) -> Any:
     """Whether states are equal, real numbers up to rounding, over their first axes."""
 
-    def same(a: Any, b: Any) -> np.ndarray:
+    def same(a: Any, b: Any) -> Any:
         is_real = np.issubdtype(a.dtype, np.floating)
         equal = np.abs(a - b) <= _ROUNDING if is_real else a == b
         return np.asarray(equal).reshape(*a.shape[:num_axes], -1).all(axis=-1)
 
     pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
-    return np.logical_and.reduce([same(a, b) for a, b in pairs])
+    return np.stack([same(a, b) for a, b in pairs]).all(axis=0)

@@ -48,9 +48,9 @@ __all__ = [
 
 
 class Action(NamedTuple):
-    """An action with a value: ``index`` [] int32 and ``value`` [D], 0 where it has no meaning."""
+    """``which`` action [] int32, and its ``value`` [D], 0 where it has no meaning."""
 
-    index: jax.Array
+    which: jax.Array
     value: jax.Array
 
 

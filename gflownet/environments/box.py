@@ -76,12 +76,12 @@ def box(target: Target | None = None, *, radius: float = 0.25) -> Environment:
         return BoxState(jnp.zeros(2), jnp.zeros((), bool), jnp.zeros((), bool))
 
     def step(state, action):
-        is_stop = action.index == STOP
+        is_stop = action.which == STOP
         position = jnp.where(is_stop, state.position, jnp.clip(state.position + move(action), 0, 1))
         return BoxState(position, jnp.ones((), bool), state.stopped | is_stop)
 
     def undo(state, action):
-        is_stop, is_leave = action.index == STOP, action.index == LEAVE
+        is_stop, is_leave = action.which == STOP, action.which == LEAVE
         back = jnp.where(is_leave, 0.0, jnp.clip(state.position - move(action), 0, 1))
         position = jnp.where(is_stop, state.position, back)
         return BoxState(position, ~is_leave, state.stopped & ~is_stop)

@@ -76,7 +76,7 @@ def _move(
     """The states after ``step`` or ``undo`` of the part that is active."""
     moved = []
     for part, offset, state, is_active in zip(parts, offsets, states, active, strict=True):
-        index = action.index if isinstance(action, Action) else action
+        index = action.which if isinstance(action, Action) else action
         index = jnp.clip(index - offset, 0, part.num_actions - 1).astype(jnp.int32)
         own: Any = index
         if part.value_dim:
@@ -245,7 +245,7 @@ def choice(
         return [state.chosen == i + 1 for i in range(count)]
 
     def index_of(action):
-        return action.index if isinstance(action, Action) else action
+        return action.which if isinstance(action, Action) else action
 
     def step(state, action):
         moved = _move(parts, offsets, state.parts, action, is_active(state), "step")
@@ -388,14 +388,14 @@ def _search(environment: Environment, max_states: int) -> tuple[State, np.ndarra
     source = jax.tree.map(jnp.asarray, environment.initial(jax.random.key(0)))
     frontier = jax.tree.map(lambda leaf: np.asarray(leaf)[None], source)
     rows = np.asarray(_entries(source))[None]
-    levels, seen = [], set()
+    levels: list[tuple[State, np.ndarray]] = []
+    seen: set[bytes] = set()
     while True:
-        # The first of each new row; the seen ones fall out.
-        fresh = [
-            place
-            for place, code in enumerate(map(bytes, rows))
-            if not (code in seen or seen.add(code))
-        ]
+        fresh = []
+        for place, code in enumerate(map(bytes, rows)):
+            if code not in seen:
+                seen.add(code)
+                fresh.append(place)
         if not fresh:
             break
         if len(seen) > max_states:
@@ -421,7 +421,7 @@ def _collision_free(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Weights [F] uint32 whose sums over the rows all differ, modulo 2^32, and the sums [S]."""
     rng = np.random.default_rng(0)
     while True:
-        weights = rng.integers(1, 2**32, rows.shape[1], dtype=np.uint32)
-        codes = np.sum(rows * weights, axis=1, dtype=np.uint32)
+        weights: Any = rng.integers(1, 2**32, rows.shape[1], dtype=np.uint32)
+        codes: Any = np.sum(rows * weights, axis=1, dtype=np.uint32)
         if len(np.unique(codes)) == len(rows):
             return weights, codes

@@ -71,7 +71,7 @@ def cube(target: Target | None = None, *, min_increment: float = 0.1) -> Environ
         return CubeState(jnp.zeros(dim), jnp.ones(dim, bool), none, none)
 
     def step(state, action):
-        is_stop = action.index == STOP
+        is_stop = action.which == STOP
         moved = jnp.clip(state.position + jnp.where(state.active, action.value, 0.0), 0.0, 1.0)
         return state._replace(
             position=jnp.where(is_stop, state.position, moved),
@@ -80,7 +80,7 @@ def cube(target: Target | None = None, *, min_increment: float = 0.1) -> Environ
         )
 
     def undo(state, action):
-        is_stop, is_leave = action.index == STOP, action.index == LEAVE
+        is_stop, is_leave = action.which == STOP, action.which == LEAVE
         back = jnp.where(state.active & ~is_leave, state.position - action.value, 0.0)
         return state._replace(
             position=jnp.where(is_stop, state.position, jnp.clip(back, 0.0, 1.0)),

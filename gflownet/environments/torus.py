@@ -26,10 +26,10 @@ _TURN = 2.0 * math.pi
 
 
 class TorusState(NamedTuple):
-    """``position`` [D] angles in [0, 2π) and ``count`` [] int32, steps taken."""
+    """``position`` [D] angles in [0, 2π) and ``num_turns`` [] int32."""
 
     position: jax.Array
-    count: jax.Array
+    num_turns: jax.Array
 
 
 def torus(target: Target | None = None, *, num_steps: int = 5) -> Environment:
@@ -54,25 +54,26 @@ def torus(target: Target | None = None, *, num_steps: int = 5) -> Environment:
     (dim,) = target.event_shape
 
     def step(state, action):
-        return TorusState(jnp.mod(state.position + action.value, _TURN), state.count + 1)
+        return TorusState(jnp.mod(state.position + action.value, _TURN), state.num_turns + 1)
 
     def undo(state, action):
         back = jnp.mod(state.position - action.value, _TURN)
-        position = jnp.where(action.index == LEAVE, 0.0, back)
-        return TorusState(position, jnp.maximum(state.count - 1, 0))
+        position = jnp.where(action.which == LEAVE, 0.0, back)
+        return TorusState(position, jnp.maximum(state.num_turns - 1, 0))
 
     def forward_mask(state):
-        return jnp.stack([state.count == 0, (state.count > 0) & (state.count < num_steps)])
+        is_source = state.num_turns == 0
+        return jnp.stack([is_source, ~is_source & (state.num_turns < num_steps)])
 
     def backward_mask(state):
-        return jnp.stack([state.count == 1, state.count > 1])
+        return jnp.stack([state.num_turns == 1, state.num_turns > 1])
 
     def observe(state):
         x, everything = state.position, jnp.full((2, dim), _TURN)
         zeros = jnp.zeros((2, dim))
         return ChartedObservation(
             features=jnp.concatenate(
-                [jnp.sin(x), jnp.cos(x), jax.nn.one_hot(state.count, num_steps + 1)]
+                [jnp.sin(x), jnp.cos(x), jax.nn.one_hot(state.num_turns, num_steps + 1)]
             ),
             forward=Chart(zeros, everything, jnp.zeros(2)),
             backward=Chart(zeros.at[LEAVE].set(x), everything.at[LEAVE].set(0.0), jnp.zeros(2)),

@@ -53,7 +53,7 @@ def along(walks, index, fn):
     """Sums [B] of ``fn(positions that are left, positions that are entered)`` over its steps."""
     sums = []
     for t in (walks.ahead, walks.back):
-        here = t.valid & (t.actions.index == index)
+        here = t.valid & (t.actions.which == index)
         x = t.states.position
         sums.append(np.where(here, fn(x[:-1], x[1:]), 0.0).sum(axis=0))
     return sums

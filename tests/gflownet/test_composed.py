@@ -191,7 +191,7 @@ def test_walks_back_from_given_states_reach_the_source(mixed_walks):
     assert first[1].active.all()
     assert not first[1].left.any()
     # A discrete action has no value.
-    is_kind = walks.back.valid & (walks.back.actions.index < KINDS.num_actions)
+    is_kind = walks.back.valid & (walks.back.actions.which < KINDS.num_actions)
     assert is_kind.any()
     assert not walks.back.actions.value[is_kind].any()
 

@@ -75,7 +75,7 @@ def test_a_missing_jacobian_shows(walks, name, bug):
     errors = []
     for t in (walks[name].ahead, walks[name].back):
         x = t.states.position
-        here = t.valid & (t.actions.index == GROW)
+        here = t.valid & (t.actions.which == GROW)
         terms = np.where(active, BUGS[bug](x[:-1], x[1:]), 0.0).sum(axis=-1)
         errors.append(np.where(here, terms, 0.0).sum(axis=0))
     check_that_a_missing_factor_shows(walks[name], 0.0, errors)
@@ -145,7 +145,10 @@ def without_m(state):
 
 
 PLANTED = {
-    "backward increments below m": ("does not hold", CUBE._replace(observe=without_m)),
+    "backward increments below m": (
+        r"does not hold|does not allow",
+        CUBE._replace(observe=without_m),
+    ),
     "growth beyond 1 - m": (
         "goes on after max_length|does not lead here|way back",
         CUBE._replace(
@@ -156,7 +159,13 @@ PLANTED = {
     ),
     "a source that remembers": (
         "does not lead here",
-        CUBE._replace(undo=lambda s, a: CUBE.undo(s, a)._replace(position=s.position - a.value)),
+        CUBE._replace(
+            undo=lambda s, a: CUBE.undo(s, a)._replace(
+                position=jnp.where(
+                    a.which == STOP, s.position, s.position - jnp.where(a.which == GROW, a.value, 0)
+                )
+            )
+        ),
     ),
 }
 

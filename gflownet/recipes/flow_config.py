@@ -99,7 +99,9 @@ class FlowConfig(TrainingConfig):
     local_search_revisions: int = setting(
         0, "revisions of each new object by local search, all of them trained on; 0: none"
     )
-    local_search_steps: int = setting(4, "steps back of a revision; the most where paths may stop")
+    local_search_steps: int = setting(
+        4, "steps back of a revision; up to so many where paths may stop"
+    )
     local_search_accept: str = setting(
         "better", f"which revisions a chain goes on from: {', '.join(ACCEPTANCE_RULES)}"
     )

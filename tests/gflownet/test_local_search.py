@@ -325,8 +325,7 @@ def test_slots_of_proposals():
         sampler.init(keys[0], params, jnp.arange(10))
 
 
-@pytest.mark.parametrize("trained", ["all", "final"])
-def test_reward_calls(trained):
+def test_reward_calls():
     calls = []
     plain = grid()
 
@@ -337,9 +336,7 @@ def test_reward_calls(trained):
     environment, policy = tabular(plain)
     environment = environment._replace(log_reward=log_reward)
     new = forward_sampler(environment, policy)
-    sampler = local_search_sampler(
-        environment, policy, new, num_steps=3, num_revisions=3, trained=trained
-    )
+    sampler = local_search_sampler(environment, policy, new, num_steps=3, num_revisions=3)
     params = {"policy": random_tables(plain, 0)}
     carry = sampler.init(jax.random.key(0), params, jnp.arange(8))
     keys = jax.random.split(jax.random.key(0), 8)
@@ -347,7 +344,7 @@ def test_reward_calls(trained):
     jax.block_until_ready(out)
     jax.effects_barrier()
     # M chains of I revisions evaluate M (I + 1) rewards, accepted or not.
-    assert len(calls) == (8 if trained == "all" else 8 * 4)
+    assert len(calls) == 2 * (3 + 1)
     assert 8 * out[2]["reward_calls"] == len(calls)
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ebjax.numerics import masked_log_softmax
 
 __all__ = ["MaskedCategorical"]
+
+_BLOCK = 64
 
 
 class MaskedCategorical(NamedTuple):
@@ -55,12 +59,12 @@ class MaskedCategorical(NamedTuple):
         The first *allowed* action at which the distribution function exceeds the number, so that
         a forbidden one is never drawn, however a device rounds its sums; 0 where none is allowed.
         """
-        cumulative = jnp.cumsum(self.probs())
+        cumulative = _running_sum(self.probs())
         threshold = jax.random.uniform(key, dtype=cumulative.dtype) * cumulative[-1]
-        is_beyond = self.mask & (cumulative > threshold)
-        last_allowed = self.mask.shape[0] - 1 - jnp.argmax(self.mask[::-1])
-        action = jnp.where(is_beyond.any(), jnp.argmax(is_beyond), last_allowed)
-        return jnp.where(self.mask.any(), action, 0).astype(jnp.int32)
+        places = jnp.arange(self.mask.shape[0], dtype=jnp.int32)
+        beyond = jnp.where(self.mask & (cumulative > threshold), places, len(places))
+        last_allowed = jnp.max(jnp.where(self.mask, places, 0))
+        return jnp.minimum(beyond.min(), last_allowed)
 
     def is_certain(self) -> jax.Array:
         """[] bool: whether at most one action is allowed."""
@@ -73,3 +77,17 @@ class MaskedCategorical(NamedTuple):
     def behave(self, logits: jax.Array) -> MaskedCategorical:
         """The same law with ``sample`` by other logits [A], before uniform exploration."""
         return self._replace(behaviour_logits=logits)
+
+
+def _running_sum(values: jax.Array) -> jax.Array:
+    """[A] cumulative sums by products with triangles of ones, several times faster than a scan."""
+    size = values.shape[0]
+    width = min(size, _BLOCK)
+    blocks = jnp.pad(values, (0, -size % width)).reshape(-1, width)
+    triangle = jnp.asarray(np.tri(width).T, values.dtype)
+    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    within = product(blocks, triangle)
+    if len(blocks) == 1:
+        return within[0]
+    before = product(within[:, -1], jnp.asarray(np.tri(len(blocks), k=-1).T, values.dtype))
+    return (within + before[:, None]).reshape(-1)[:size]

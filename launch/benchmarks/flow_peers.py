@@ -8,7 +8,7 @@ Each is driven through its public interface in the fastest form that we could fi
 
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -84,22 +84,74 @@ def gfnx_hypergrid(
     network_params, network_static = equinox.partition(network, equinox.is_array)
 
     def heads(params: Any, observation: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Forward logits [..., D + 1] and backward logits [..., D] of observations [..., F]."""
-        mlp = equinox.combine(params, network_static)
-        logits = jax.vmap(mlp)(observation.reshape(-1, dim * side))
-        logits = logits.reshape(*observation.shape[:-1], 2 * dim + 1)
-        return logits[..., : dim + 1], logits[..., dim + 1 :]
+        logits = equinox.combine(params, network_static)(observation.reshape(-1))
+        return logits[: dim + 1], logits[dim + 1 :]
+
+    return gfnx_workload(
+        f"gfnx hypergrid {dim}-D side {side}",
+        environment,
+        environment_params,
+        key_run,
+        network_params,
+        heads,
+        num_trajectories=num_trajectories,
+        num_updates=num_updates,
+        learning_rate=learning_rate,
+        log_z_learning_rate=log_z_learning_rate,
+        epsilon=epsilon,
+        frozen=frozen,
+        note="rollout, loss and update in one fori_loop; always scans dim * side + 1 steps",
+    )
+
+
+def gfnx_workload(
+    name: str,
+    environment: Any,
+    environment_params: Any,
+    key: jax.Array,
+    network_params: Any,
+    heads: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]],
+    *,
+    num_trajectories: int,
+    num_updates: int,
+    learning_rate: float,
+    log_z_learning_rate: float,
+    epsilon: float,
+    frozen: bool,
+    note: str,
+) -> Workload:
+    """Trajectory balance with gfnx's `forward_rollout` on any of its environments.
+
+    Args:
+        name: of the workload.
+        environment: gfnx's, with its parameters in the next argument.
+        environment_params: see there.
+        key: of all sampling.
+        network_params: parameters of the policy.
+        heads: `(params, observation) -> (forward logits, backward logits)` of one state.
+        num_trajectories: trajectories B of one update.
+        num_updates: updates of one `run()`.
+        learning_rate: Adam's rate for the network.
+        log_z_learning_rate: Adam's rate for log Z.
+        epsilon: exploration probability at the first update.
+        frozen: compute every update but multiply it by zero.
+        note: of the workload.
+    """
+    gfnx = import_peer("gfnx", peer="gfnx")
 
     def log_prob(logits: jax.Array, invalid: jax.Array, action: jax.Array) -> jax.Array:
         """Log-probability of `action` among the actions that are not `invalid`."""
         log_probs = jax.nn.log_softmax(gfnx.utils.mask_logits(logits, invalid))
         return jnp.take_along_axis(log_probs, action[..., None], axis=-1)[..., 0]
 
+    over_batch = jax.vmap(heads, (None, 0))
     over_time = functools.partial(jax.vmap, in_axes=1, out_axes=1)  # gfnx itself batches over B
 
     def loss_fn(params: dict[str, Any], rollout: Any) -> jax.Array:
         """Trajectory balance on rollouts whose arrays are [B, T, ...]."""
-        forward_logits, backward_logits = heads(params["network"], rollout.obs)
+        forward_logits, backward_logits = jax.vmap(over_batch, (None, 0))(
+            params["network"], rollout.obs
+        )
         before, after = (
             jax.tree.map(lambda leaf, part=part: leaf[:, part], rollout.state)
             for part in (slice(None, -1), slice(1, None))
@@ -134,7 +186,7 @@ def gfnx_hypergrid(
         exploration = epsilon * jnp.maximum(remaining, 0.0)
 
         def policy(key: jax.Array, observation: jax.Array, params: Any) -> tuple[jax.Array, dict]:
-            logits, _ = heads(params, observation)
+            logits, _ = over_batch(params, observation)
             explore = jax.random.bernoulli(key, exploration, (num_trajectories, 1))
             return jnp.where(explore, 0.0, logits), {}
 
@@ -171,21 +223,16 @@ def gfnx_hypergrid(
     }
     params = {"network": network_params, "log_z": jnp.float32(0.0)}
     state = _FlowState(params, optimizer.init(params), jnp.int32(0))
-    compiled, warm_up_seconds = compile_ahead(updates, state, key_run, rates)
+    compiled, warm_up_seconds = compile_ahead(updates, state, key, rates)
 
     def run() -> Mapping[str, float]:
         nonlocal state
-        state, total = jax.block_until_ready(compiled(state, key_run, rates))
+        state, total = jax.block_until_ready(compiled(state, key, rates))
         loss, mean_length = np.asarray(total) / num_updates
         log_z = float(state.params["log_z"])
         return {"loss": float(loss), "mean_length": float(mean_length), "log_z": log_z}
 
-    return Workload(
-        name=f"gfnx hypergrid {dim}-D side {side}",
-        run=run,
-        warm_up_seconds=warm_up_seconds,
-        note="rollout, loss and update in one fori_loop; always scans dim * side + 1 steps",
-    )
+    return Workload(name=name, run=run, warm_up_seconds=warm_up_seconds, note=note)
 
 
 def torchgfn_hypergrid(

@@ -157,6 +157,30 @@ def _gflownet_hypergrid() -> Suite:
     )
 
 
+def _gflownet_tasks() -> Suite:
+    # Updates of one run: each side takes about as long.
+    updates = {
+        "tfbind8": (500, 100),
+        "ising": (20, 10),
+        "dag": (300, 100),
+        "bits": (20, 10),
+    }
+    bars = {"tfbind8": 1.5, "ising": 1.5, "dag": 1.5, "bits": 1.3}
+    variants = []
+    for task, counts in updates.items():
+        for (name, function), count in zip(
+            (("gflownet", "ebjax_task"), ("gfnx", "gfnx_task")), counts, strict=True
+        ):
+            options = {"task": task, "num_trajectories": 16, "num_updates": count}
+            variants.append(Variant(f"{name}-{task}", "flow_tasks", function, options, count))
+    return Suite(
+        "Trajectory balance, 16 trajectories, uniform P_B, same networks",
+        "updates",
+        tuple(variants),
+        tuple(Comparison(f"gflownet-{task}", f"gfnx-{task}", bar) for task, bar in bars.items()),
+    )
+
+
 def _pcd_step() -> Suite:
     shared = {"step_size": 0.01, "noise_scale": 1.0, "seed": 0}
     rows: tuple[tuple[str, str, str, dict[str, Any], int, int], ...] = (
@@ -501,6 +525,7 @@ def _rbm() -> Suite:
 SUITES: dict[str, Suite] = {
     "langevin": _langevin(),
     "gflownet_hypergrid": _gflownet_hypergrid(),
+    "gflownet_tasks": _gflownet_tasks(),
     "pcd_step": _pcd_step(),
     "dispatch": _dispatch(),
     **_kernels(),

@@ -215,8 +215,8 @@ class Run(NamedTuple):
       energy: the energy of the law that was learned, for ``learned_params``; ``None`` where there
         is none.
       flow: the graph and the policy that was learned, for ``learned_params``; likewise.
-      draw: ``(key, params) -> example``, one sample as a pure function of ``learned_params``;
-        likewise.
+      draw: ``(key, params) -> example``, one sample as a pure function of ``learned_params``, in
+        the form that ``energy`` takes; likewise.
     """
 
     init: Callable[[jax.Array], Params]

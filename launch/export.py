@@ -59,7 +59,9 @@ def _run(flag_values: flags.FlagValues) -> None:
         recipe_module=flag_values.recipe_module,
     )
     if run.draw is None:
-        raise UserError(f"workdir is {flag_values.workdir}; its recipe {name!r} draws nothing.")
+        raise UserError(
+            f"workdir is {flag_values.workdir}; its recipe {name!r} has no draw of one example."
+        )
     draw, params = run.draw, learned_params(run, state)
     try:
         export_function(

@@ -348,4 +348,4 @@ def kernel_density(
     return total / total.sum()
 
 
-recipe = Recipe(ContinuousConfig, build)
+recipe = Recipe(ContinuousConfig, build, seed_is_key=True)

@@ -28,6 +28,7 @@ from gflownet.evaluation import evidence_bounds
 from gflownet.recipes.flow_config import FlowConfig
 from gflownet.recipes.judging import NO_EXAMPLES, draw_fn, exact_laws_fn
 from gflownet.recipes.learners import LEARNERS
+from gflownet.rollout import forward_rollout
 
 __all__ = ["DagsConfig", "recipe"]
 
@@ -105,6 +106,9 @@ def build(config: DagsConfig) -> Run:
             "log_rewards": np.asarray(drawn.log_reward),
         }
 
+    def draw_one(key, params):
+        return forward_rollout(key[None], environment, learner.policy, params).terminal.adjacency[0]
+
     def bounds(key, state: TrainState):
         params = learner.policy_params(state.ema)
         return evidence_bounds(
@@ -178,6 +182,7 @@ def build(config: DagsConfig) -> Run:
         progress=("loss", learner.progress, "log_reward"),
         flow=Flow(environment, learner.policy),
         learned_params=lambda state: learner.policy_params(state.ema),
+        draw=draw_one,
     )
 
 
@@ -200,4 +205,4 @@ def _edges(panels: dict[str, np.ndarray]):
     return figure
 
 
-recipe = Recipe(DagsConfig, build)
+recipe = Recipe(DagsConfig, build, seed_is_key=True)

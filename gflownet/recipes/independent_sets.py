@@ -57,14 +57,14 @@ class IndependentSetsConfig(FlowConfig):
     num_cliques: int = setting(6, "random graphs: cliques")
     clique_size: int = setting(5, "random graphs: vertices of a clique")
     tightness: float = setting(0.3, "random graphs: share of pairs that joined cliques share")
-    inverse_temperature: float = setting(8.0, "log R per vertex of the set")
+    inverse_temperature: float = setting(5.0, "log R per vertex of the set")
     width: int = setting(32, "features of a vertex in the network")
     num_layers: int = setting(3, "rounds of messages")
     backward_policy: str = setting("uniform")
     learning_rate: float = setting(3e-3)
-    num_steps: int = setting(2000)
+    num_steps: int = setting(4000)
     batch_size: int = setting(32)
-    checkpoint_every: int = setting(500)
+    checkpoint_every: int = setting(1000)
     chunk_size: int = setting(64)
 
     def __post_init__(self) -> None:
@@ -258,4 +258,4 @@ def _sets(adjacencies: np.ndarray, sets: np.ndarray):
     return figure
 
 
-recipe = Recipe(IndependentSetsConfig, build)
+recipe = Recipe(IndependentSetsConfig, build, seed_is_key=True)

@@ -242,4 +242,4 @@ def build(config: PhylogenyConfig) -> Run:
     )
 
 
-recipe = Recipe(PhylogenyConfig, build)
+recipe = Recipe(PhylogenyConfig, build, seed_is_key=True)

@@ -38,6 +38,7 @@ from gflownet.policies import transformer_policy
 from gflownet.recipes.flow_config import FlowConfig
 from gflownet.recipes.judging import NO_EXAMPLES, draw_fn, exact_laws_fn
 from gflownet.recipes.learners import LEARNERS, mlp_of_config
+from gflownet.rollout import forward_rollout
 from gflownet.types import Environment
 
 __all__ = ["SequencesConfig", "recipe"]
@@ -189,6 +190,9 @@ def build(config: SequencesConfig) -> Run:
             "log_rewards": np.asarray(drawn.log_reward),
         }
 
+    def draw_one(key, params):
+        return forward_rollout(key[None], environment, learner.policy, params).terminal.tokens[0]
+
     def bounds(key, state: TrainState, num: int):
         params = learner.policy_params(state.ema)
         return evidence_bounds(key, environment, learner.policy, params, num_trajectories=num)
@@ -291,7 +295,8 @@ def build(config: SequencesConfig) -> Run:
         progress=("loss", learner.progress, "log_reward"),
         flow=Flow(environment, learner.policy),
         learned_params=lambda state: learner.policy_params(state.ema),
+        draw=draw_one,
     )
 
 
-recipe = Recipe(SequencesConfig, build)
+recipe = Recipe(SequencesConfig, build, seed_is_key=True)

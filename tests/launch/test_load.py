@@ -29,6 +29,8 @@ SMALL = {
     "diffusion": {"features": 8, "path_steps": 4, "batch_size": 16},
     "hypergrid": {"hidden_features": (8,), "batch_size": 4},
     "sets": {"hidden_features": (8,), "batch_size": 4, "size": "small"},
+    "dags": {"hidden_features": (8,), "num_variables": 3},
+    "sequences": {"hidden_features": (8,), "num_bits": 8},
 }
 # The samples that ``draw`` makes one of, and the energies that samples have beside them.
 DRAWN = {
@@ -42,9 +44,11 @@ DRAWN = {
     "diffusion": ("positions", None),
     "hypergrid": ("positions", None),
     "sets": ("sets", None),
+    "dags": ("graphs", None),
+    "sequences": ("tokens", None),
 }
 # Recipes whose ``sample`` is ``draw`` with the keys of a split.
-SPLIT = ("density", "images", "jarzynski", "diffusion", "hypergrid", "sets")
+SPLIT = ("density", "images", "jarzynski", "diffusion", "hypergrid", "sets", "dags", "sequences")
 
 
 def built(name, **settings):

@@ -1,6 +1,7 @@
 """Sweeps: which runs, that none is repeated or lost, and what is said to be best."""
 
 import contextlib
+import doctest
 import io
 import json
 import signal
@@ -199,6 +200,13 @@ def test_a_wrong_call_is_one_sentence(args, words, tmp_path, capsys):
     assert words in err
     assert err.count("\n") == 1
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("module", [schedule, sweep])
+def test_examples(module):
+    result = doctest.testmod(module)
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 def test_what_every_call_needs_is_asked_for(tmp_path, capsys):

@@ -230,12 +230,63 @@ def _sets() -> Table:
     )
 
 
+FLOW_OBJECTIVES = (
+    *("tb", "vargrad", "db", "mdb", "subtb", "fm", "fldb", "flsubtb", "led"),
+    *("soft_dqn", "munchausen", "pcl", "tlm", "reverse_kl", "forward_kl"),
+)
+
+
+def _flow_objectives() -> Table:
+    floor = {"reward_floor": 0.1}
+    return Table(
+        "Flows on the 8 x 8 grid by every objective: exact total variation after 1,000 updates",
+        (
+            *(Row(name, "hypergrid", {"objective": name}) for name in FLOW_OBJECTIVES),
+            Row("led-easier", "hypergrid", {"objective": "led", **floor}),
+            Row("reverse_kl-easier", "hypergrid", {"objective": "reverse_kl", **floor}),
+        ),
+        ("total_variation", "log_z_error"),
+        seeds=2,
+        bars=tuple(
+            Bar(name, "total_variation", high=0.01)
+            for name in (*FLOW_OBJECTIVES, "led-easier")
+            if name not in ("led", "reverse_kl", "forward_kl")
+        ),
+    )
+
+
+def _exploration() -> Table:
+    """64,000 rewards each: replayed trajectories cost none, revised objects one each."""
+    grid = {"side": 20, "reward_floor": 1e-4, "num_steps": 4000, "epsilon_decay_steps": 0}
+    replayed = {"batch_size": 32, "replay_share": 0.5}
+    search = {"local_search_revisions": 3, "local_search_steps": 4}
+    arms: dict[str, dict[str, Any]] = {
+        "epsilon": {},
+        "replay-fifo": {**replayed, "replay": "fifo"},
+        "replay-ranked": {**replayed, "replay": "ranked"},
+        "replay-prioritized": {**replayed, "replay": "prioritized"},
+        "local-search": search,
+    }
+    return Table(
+        "Four modes far apart, 20 x 20 grid: exploration at equal numbers of rewards",
+        tuple(Row(name, "hypergrid", {**grid, **arm}) for name, arm in arms.items()),
+        ("total_variation", "log_z_error"),
+        seeds=3,
+        bars=(
+            Bar("replay-prioritized", "total_variation", high=0.05),
+            Bar("local-search", "total_variation", high=0.05),
+        ),
+    )
+
+
 TABLES = {
     "hypergrid": _hypergrid(),
     "jarzynski": _jarzynski(),
     "energy_ood": _energy_ood(),
     "jem": _jem(),
     "diffusion": _diffusion(),
+    "exploration": _exploration(),
+    "flow_objectives": _flow_objectives(),
     "objectives_2d": _objectives_2d(),
     "sets": _sets(),
     "stability": _stability(),

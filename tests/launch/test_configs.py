@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 
 from ebjax.loading import RECIPES
+from gflownet.recipes.learners import LEARNERS
+from launch import tables
 from launch.runs import default_config, find_recipe, make_config
 
 
@@ -34,3 +36,7 @@ def test_settings_follow_the_flag_of_another(name, changed, expected):
     settings.update(changed)
     made = make_config(find_recipe(name), settings.to_dict())
     assert {field: getattr(made, field) for field in expected} == expected
+
+
+def test_the_table_of_flows_has_every_objective():
+    assert set(tables.FLOW_OBJECTIVES) == set(LEARNERS)

@@ -39,8 +39,7 @@ def walks():
 
 
 def test_contract():
-    check_environment(box())
-    check_environment(box(radius=0.5))
+    check_environment(box(radius=0.2))
 
 
 def test_walks_both_ways(walks):

@@ -10,6 +10,7 @@ Deleu et al., "Bayesian structure learning with generative flow networks", UAI 2
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -32,7 +33,10 @@ from gflownet.rollout import forward_rollout
 
 __all__ = ["DagsConfig", "recipe"]
 
-_SCORES = {"linear_gaussian": linear_gaussian_scores, "bge": bge_scores}
+_SCORES: dict[str, Callable[..., np.ndarray]] = {
+    "linear_gaussian": linear_gaussian_scores,
+    "bge": bge_scores,
+}
 _NUM_EVALUATED = 2000
 _LISTED = 5
 

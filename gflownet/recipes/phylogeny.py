@@ -160,7 +160,9 @@ def build(config: PhylogenyConfig) -> Run:
         drawn = draw(key, state, num_samples)
         parts = [np.asarray(getattr(drawn.terminal, name)) for name in ("root", "left", "right")]
         return {
-            "trees": np.array([newick(*row, names) for row in zip(*parts, strict=True)]),
+            "trees": np.array(
+                [newick(root, *both, names) for root, *both in zip(*parts, strict=True)]
+            ),
             "mutations": mutations(drawn.terminal),
             "log_rewards": np.asarray(drawn.log_reward),
         }

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +120,10 @@ class SequencesConfig(FlowConfig):
 
 @functools.lru_cache(maxsize=4)
 def _environment(config: SequencesConfig) -> Environment:
-    options = {"order": config.order, "observe_tokens": config.network == "transformer"}
+    options: dict[str, Any] = {
+        "order": config.order,
+        "observe_tokens": config.network == "transformer",
+    }
     if config.task == "bit_sequences":
         return bit_sequences(
             num_bits=config.num_bits,

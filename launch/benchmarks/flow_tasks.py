@@ -223,8 +223,9 @@ def _gfnx_environment(task: str) -> tuple[Any, Any, int]:
             lambda spins: jax.nn.one_hot(spins + 1, 3).reshape(-1),
             SIDE**2,
         )
-    table = _local_scores()
-    table = jnp.asarray(np.where(np.isfinite(table), table - table[:, :1], 0.0), jnp.float32)
+    scores = _local_scores()
+    scores = np.where(np.isfinite(scores), scores - scores[:, :1], 0.0)
+    table = jnp.asarray(scores, jnp.float32)
     bits = 2 ** jnp.arange(NUM_VARIABLES)
 
     class LocalScores:

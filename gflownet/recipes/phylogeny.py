@@ -161,7 +161,7 @@ def build(config: PhylogenyConfig) -> Run:
         parts = [np.asarray(getattr(drawn.terminal, name)) for name in ("root", "left", "right")]
         return {
             "trees": np.array(
-                [newick(root, *both, names) for root, *both in zip(*parts, strict=True)]
+                [newick(root, left, right, names) for root, left, right in zip(*parts, strict=True)]
             ),
             "mutations": mutations(drawn.terminal),
             "log_rewards": np.asarray(drawn.log_reward),

@@ -49,6 +49,7 @@ RECIPES = {
     "continuous": "gflownet.recipes.continuous",
     "dags": "gflownet.recipes.dags",
     "diffusion": "gflownet.recipes.diffusion",
+    "eb_gfn": "gflownet.recipes.eb_gfn",
     "hypergrid": "gflownet.recipes.hypergrid",
     "independent_sets": "gflownet.recipes.independent_sets",
     "phylogeny": "gflownet.recipes.phylogeny",

@@ -1,6 +1,12 @@
 """Objectives of GFlowNets."""
 
 from gflownet.objectives.detailed_balance import detailed_balance, detailed_balance_residuals
+from gflownet.objectives.energy_based_flow import (
+    FlowNegatives,
+    energy_based_flow,
+    flow_negatives,
+    rising_steps,
+)
 from gflownet.objectives.flow_matching import flow_matching, flow_matching_residuals
 from gflownet.objectives.flow_objective import FlowBatch, flow_objective, terminal_flow
 from gflownet.objectives.forward_looking import (
@@ -54,6 +60,7 @@ from gflownet.objectives.trajectory_likelihood import backward_likelihood, traje
 
 __all__ = [
     "FlowBatch",
+    "FlowNegatives",
     "ResidualLoss",
     "TargetState",
     "backward_likelihood",
@@ -61,8 +68,10 @@ __all__ = [
     "decomposed_residuals",
     "detailed_balance",
     "detailed_balance_residuals",
+    "energy_based_flow",
     "flow_matching",
     "flow_matching_residuals",
+    "flow_negatives",
     "flow_objective",
     "forward_kullback_leibler",
     "forward_looking",
@@ -84,6 +93,7 @@ __all__ = [
     "relative_trajectory_balance_residual",
     "reverse_kullback_leibler",
     "reverse_surrogate",
+    "rising_steps",
     "shifted_cosh",
     "soft_q_learning",
     "soft_q_residuals",

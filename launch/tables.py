@@ -279,12 +279,37 @@ def _exploration() -> Table:
     )
 
 
+def _eb_gfn() -> Table:
+    kinds = ("flow", "gibbs", "gibbs_with_gradients")
+    return Table(
+        "Couplings of a 4 x 4 torus by the source of negatives, at equal evaluations of the energy",
+        tuple(Row(kind, "eb_gfn", {"negatives": kind}) for kind in kinds),
+        (
+            "negative_log_rmse",
+            "negative_log_rmse_of_maximum_likelihood",
+            "negative_log_rmse_of_zero",
+            "largest_error_to_maximum_likelihood",
+            "log_likelihood_gap",
+        ),
+        seeds=2,
+        bars=tuple(
+            bar
+            for kind in kinds
+            for bar in (
+                Bar(kind, "negative_log_rmse", low=3.3),
+                Bar(kind, "log_likelihood_gap", high=0.02),
+            )
+        ),
+    )
+
+
 TABLES = {
     "hypergrid": _hypergrid(),
     "jarzynski": _jarzynski(),
     "energy_ood": _energy_ood(),
     "jem": _jem(),
     "diffusion": _diffusion(),
+    "eb_gfn": _eb_gfn(),
     "exploration": _exploration(),
     "flow_objectives": _flow_objectives(),
     "objectives_2d": _objectives_2d(),

@@ -65,15 +65,15 @@ class EBGFlowNetConfig(ScheduleConfig):
     policy_learning_rate: float = setting(1e-3, "flow: of the policy")
     log_z_learning_rate: float = setting(0.1, "flow: of log Z")
     rising_updates: int = setting(
-        1000, "flow: updates over which a move grows from 1 step back to all; 0: all at once"
+        500, "flow: updates over which a move grows from 1 step back to all; 0: all at once"
     )
     hidden_features: tuple[int, ...] = setting((128, 128), "flow: widths of the policy's layers")
     chunk_size: int = setting(512, "flow: states evaluated at a time in the gradient pass")
     chain_steps: int = setting(2, "gibbs, gibbs_with_gradients: steps of a chain in one update")
-    num_steps: int = setting(3000)
+    num_steps: int = setting(2000)
     batch_size: int = setting(128)
     steps_per_call: int = setting(50)
-    checkpoint_every: int = setting(1000)
+    checkpoint_every: int = setting(500)
     num_devices: int = setting(1)
     ema_decay: float = setting(0.99)
     num_evaluated: int = setting(2000, "trajectories when the flow is judged")

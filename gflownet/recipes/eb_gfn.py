@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,10 @@ from gflownet.rollout import forward_rollout
 
 __all__ = ["EBGFlowNetConfig", "coupling_matrix", "ising_samples", "maximum_likelihood", "recipe"]
 
-_CHAINS = {"gibbs": gibbs, "gibbs_with_gradients": gibbs_with_gradients}
+_CHAINS: dict[str, Callable[..., Kernel]] = {
+    "gibbs": gibbs,
+    "gibbs_with_gradients": gibbs_with_gradients,
+}
 _NEGATIVES = ("flow", *_CHAINS)
 # Of the chains that draw data, and of those that show what was learned without a flow.
 _NUM_SWEEPS = 500

@@ -17,7 +17,7 @@ import numpy as np
 
 from ebjax.data import load_dataset
 from ebjax.training import check_at_least, setting
-from ebjax.types import Flow, Recipe, Run, TrainState
+from ebjax.types import Recipe, Run, TrainState
 from gflownet.environments.dags import (
     bge_scores,
     dags,
@@ -27,7 +27,7 @@ from gflownet.environments.dags import (
 )
 from gflownet.evaluation import evidence_bounds
 from gflownet.recipes.flow_config import FlowConfig
-from gflownet.recipes.judging import NO_EXAMPLES, draw_fn, exact_laws_fn
+from gflownet.recipes.judging import draw_fn, exact_laws_fn, flow_run
 from gflownet.recipes.learners import LEARNERS
 from gflownet.rollout import forward_rollout
 
@@ -173,19 +173,14 @@ def build(config: DagsConfig) -> Run:
             panels["network of the data"] = network.astype(float)
         return {"edges": _edges(panels)}
 
-    return Run(
-        init=learner.init,
-        objective=learner.objective,
-        optimizer=learner.optimizer,
-        source=NO_EXAMPLES,
+    return flow_run(
+        environment,
+        learner,
         sample=sample,
         evaluate=evaluate,
         figures=figures,
         monitor=monitor,
         monitor_name="negative_elbo" if laws is None else "jensen_shannon",
-        progress=("loss", learner.progress, "log_reward"),
-        flow=Flow(environment, learner.policy),
-        learned_params=lambda state: learner.policy_params(state.ema),
         draw=draw_one,
     )
 

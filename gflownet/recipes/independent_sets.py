@@ -22,7 +22,7 @@ import numpy as np
 
 from ebjax.data import load_dataset
 from ebjax.training import check_at_least, setting
-from ebjax.types import Flow, Recipe, Run, TrainState
+from ebjax.types import Recipe, Run, TrainState
 from gflownet.environments.independent_sets import (
     IN,
     UNDECIDED,
@@ -33,7 +33,7 @@ from gflownet.environments.independent_sets import (
 )
 from gflownet.policies import vertex_policy
 from gflownet.recipes.flow_config import FlowConfig
-from gflownet.recipes.judging import NO_EXAMPLES
+from gflownet.recipes.judging import flow_run
 from gflownet.recipes.learners import LEARNERS
 from gflownet.rollout import forward_rollout
 
@@ -220,19 +220,15 @@ def build(config: IndependentSetsConfig) -> Run:
         del key, state
         return {"sets": _sets(samples["adjacency"][:6], samples["sets"][:6])}
 
-    return Run(
-        init=learner.init,
-        objective=learner.objective,
-        optimizer=learner.optimizer,
-        source=NO_EXAMPLES,
+    return flow_run(
+        environment,
+        learner,
         sample=sample,
         evaluate=evaluate,
         figures=figures,
         monitor=monitor,
         monitor_name="negative_size",
         progress=("loss", "log_reward"),
-        flow=Flow(environment, learner.policy),
-        learned_params=lambda state: learner.policy_params(state.ema),
     )
 
 

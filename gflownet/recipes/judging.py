@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ebjax.types import Source, TrainState
+from ebjax.types import Flow, Run, Source, TrainState
 from gflownet import exact
 from gflownet.recipes.learners import Learner
 from gflownet.rollout import forward_rollout
 from gflownet.types import Environment, Trajectories
 
-__all__ = ["NO_EXAMPLES", "ExactLaws", "draw_fn", "exact_laws_fn"]
+__all__ = ["NO_EXAMPLES", "ExactLaws", "draw_fn", "exact_laws_fn", "flow_run"]
 
 # Nothing to learn from but the reward.
 NO_EXAMPLES = Source((), lambda arrays, key, position: position)
@@ -84,3 +84,22 @@ def exact_laws_fn(
         return ExactLaws(states, np.asarray(learned, np.float64), np.asarray(target), log_z)
 
     return laws
+
+
+def flow_run(environment: Environment, learner: Learner, **functions: Any) -> Run:
+    """The run of a flow that learns from the reward alone.
+
+    Args:
+      environment: the graph.
+      learner: how it is learned.
+      **functions: further fields of ``Run``: ``sample``, ``evaluate``, ``figures`` and so on.
+    """
+    return Run(
+        init=learner.init,
+        objective=learner.objective,
+        optimizer=learner.optimizer,
+        source=NO_EXAMPLES,
+        flow=Flow(environment, learner.policy),
+        learned_params=lambda state: learner.policy_params(state.ema),
+        **{"progress": ("loss", learner.progress, "log_reward"), **functions},
+    )

@@ -15,12 +15,12 @@ import jax
 import numpy as np
 
 from ebjax.training import check_at_least, setting
-from ebjax.types import Flow, Recipe, Run, TrainState
+from ebjax.types import Recipe, Run, TrainState
 from gflownet.environments.phylogeny import ForestState, encode_sites, load_alignment, phylogeny
 from gflownet.evaluation import correlations, evidence_bounds, log_probabilities
 from gflownet.policies import pair_policy
 from gflownet.recipes.flow_config import FlowConfig
-from gflownet.recipes.judging import NO_EXAMPLES, draw_fn, exact_laws_fn
+from gflownet.recipes.judging import draw_fn, exact_laws_fn, flow_run
 from gflownet.recipes.learners import LEARNERS
 
 __all__ = ["PhylogenyConfig", "newick", "recipe", "simulated_alignment"]
@@ -228,19 +228,14 @@ def build(config: PhylogenyConfig) -> Run:
             )
         }
 
-    return Run(
-        init=learner.init,
-        objective=learner.objective,
-        optimizer=learner.optimizer,
-        source=NO_EXAMPLES,
+    return flow_run(
+        environment,
+        learner,
         sample=sample,
         evaluate=evaluate,
         figures=figures,
         monitor=monitor,
         monitor_name="negative_elbo" if laws is None else "jensen_shannon",
-        progress=("loss", learner.progress, "log_reward"),
-        flow=Flow(environment, learner.policy),
-        learned_params=lambda state: learner.policy_params(state.ema),
     )
 
 

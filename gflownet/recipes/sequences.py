@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ebjax.training import check_at_least, setting
-from ebjax.types import Flow, Recipe, Run, TrainState
+from ebjax.types import Recipe, Run, TrainState
 from gflownet.environments.bit_sequences import bit_sequences, hidden_modes, words_to_bits
 from gflownet.environments.rna import RNA_TARGETS, rna_binding
 from gflownet.environments.sequence_tables import qm9_strings, tfbind8
@@ -37,7 +37,7 @@ from gflownet.evaluation import (
 )
 from gflownet.policies import transformer_policy
 from gflownet.recipes.flow_config import FlowConfig
-from gflownet.recipes.judging import NO_EXAMPLES, draw_fn, exact_laws_fn
+from gflownet.recipes.judging import draw_fn, exact_laws_fn, flow_run
 from gflownet.recipes.learners import LEARNERS, mlp_of_config
 from gflownet.rollout import forward_rollout
 from gflownet.types import Environment
@@ -286,19 +286,14 @@ def build(config: SequencesConfig) -> Run:
             )
         }
 
-    return Run(
-        init=learner.init,
-        objective=learner.objective,
-        optimizer=learner.optimizer,
-        source=NO_EXAMPLES,
+    return flow_run(
+        environment,
+        learner,
         sample=sample,
         evaluate=evaluate,
         figures=figures,
         monitor=monitor,
         monitor_name="negative_elbo" if laws is None else "total_variation",
-        progress=("loss", learner.progress, "log_reward"),
-        flow=Flow(environment, learner.policy),
-        learned_params=lambda state: learner.policy_params(state.ema),
         draw=draw_one,
     )
 

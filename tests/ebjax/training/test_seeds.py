@@ -52,7 +52,7 @@ def close(first, second, **options):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **options), first, second)
 
 
-@pytest.mark.parametrize("name", ["diffusion", "density"])
+@pytest.mark.parametrize("name", [pytest.param("diffusion", marks=pytest.mark.slow), "density"])
 def test_each_seed_is_the_run_that_it_is_alone(name):
     """States, metrics and judgements; a flow without chains, and an energy with them."""
     steps = {"num_steps": 12, "steps_per_call": 4, "log_every": 5, "checkpoint_every": 6}

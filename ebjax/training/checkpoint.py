@@ -7,6 +7,7 @@ This is the only module that knows Orbax.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import importlib.metadata
@@ -45,6 +46,18 @@ def library_versions() -> dict[str, str]:
     return found
 
 
+@contextlib.contextmanager
+def _level(logger: logging.Logger, level: int | None):
+    """Within it the logger says nothing below a level; ``None`` changes nothing."""
+    before = logger.level
+    if level is not None:
+        logger.setLevel(max(level, before))
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 class Checkpointer:
     """Saves and restores one run's states under one folder.
 
@@ -71,19 +84,21 @@ class Checkpointer:
         self._config = dict(config or {})
         self._keep_last, self._keep_best, self._best_name = keep_last, keep_best, best_name
         self._metrics: dict[int, dict[str, float]] = {}
-        self._manager = ocp.CheckpointManager(
-            self._directory,
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "about": ocp.JsonCheckpointHandler(),
-            },
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=_Keep(self._kept_steps),
-                cleanup_tmp_directories=not read_only,
-                create=not read_only,
-                read_only=read_only,
-            ),
-        )
+        # That a folder is only read is what was asked for, and no reason for a warning.
+        with _level(logging.getLogger("absl"), logging.ERROR if read_only else None):
+            self._manager = ocp.CheckpointManager(
+                self._directory,
+                item_handlers={
+                    "state": ocp.StandardCheckpointHandler(),
+                    "about": ocp.JsonCheckpointHandler(),
+                },
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=_Keep(self._kept_steps),
+                    cleanup_tmp_directories=not read_only,
+                    create=not read_only,
+                    read_only=read_only,
+                ),
+            )
         for step in self.steps():
             self._metrics[step] = (self.about(step) or {}).get("metrics", {})
 

@@ -24,7 +24,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ebjax.types import Params, PyTree
+from ebjax.samplers.decision import metropolis, select
+from ebjax.types import Params
 from gflownet.rollout import backward_rollout, forward_rollout
 from gflownet.sampling import (
     TrajectorySampler,
@@ -136,12 +137,6 @@ def back_and_forth(
     return Proposal(up.terminal, back - there, up.log_reward)
 
 
-def _choose(accepted: jax.Array, new: PyTree, old: PyTree) -> PyTree:
-    return jax.tree.map(
-        lambda n, o: jnp.where(accepted.reshape(-1, *[1] * (n.ndim - 1)), n, o), new, old
-    )
-
-
 def local_search_sampler(
     environment: Environment,
     policy: Policy,
@@ -218,9 +213,9 @@ def local_search_sampler(
             accepted = gain > 0
         else:
             uniform = jax.vmap(jax.random.uniform)(accept_keys)
-            accepted = jnp.log(uniform) < gain + proposal.log_ratio
+            accepted, _ = metropolis(uniform, gain + proposal.log_ratio)
         proposed = (proposal.state, proposal.log_reward)
-        return _choose(accepted, proposed, chain), (proposed, accepted)
+        return jax.vmap(select)(accepted, proposed, chain), (proposed, accepted)
 
     def init(key, params, batch):
         return new.init(key, params, batch if counts is None else split_slots(batch, counts)[0])

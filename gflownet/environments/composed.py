@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ebjax.samplers.decision import select
 from ebjax.types import Params
 from gflownet.exact import enumerate_graph
 from gflownet.types import Action, Chart, ChartedObservation, Environment, State
@@ -61,10 +62,6 @@ def _sources(parts: Sequence[Environment]) -> tuple[State, ...]:
     return tuple(part.initial(jax.random.key(0)) for part in parts)
 
 
-def _where(condition: jax.Array, new: State, old: State) -> State:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
-
-
 def _move(
     parts: Sequence[Environment],
     offsets: Sequence[int],
@@ -82,7 +79,7 @@ def _move(
         if part.value_dim:
             own = Action(index, action.value[: part.value_dim])
         new = getattr(part, name)(state, own)
-        moved.append(_where(is_active, new, state))
+        moved.append(select(is_active, new, state))
     return tuple(moved)
 
 
@@ -186,9 +183,9 @@ def stack(
         for place, (part, state) in enumerate(zip(parts, states, strict=True)):
             if place in rules:
                 constrained = rules[place](tuple(result[:place]), sources[place])
-                source = _where(before_ended, constrained, sources[place])
+                source = select(before_ended, constrained, sources[place])
                 has_begun = part.backward_mask(state).any()
-                result[place] = _where(has_begun, state, source)
+                result[place] = select(has_begun, state, source)
             before_ended &= ~part.forward_mask(result[place]).any()
         return tuple(result)
 

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 
 from ebjax.objectives.contrastive_divergence import contrastive_loss
 from ebjax.objectives.regularizers import Regularizer, mean_penalty
-from ebjax.samplers.decision import metropolis
+from ebjax.samplers.decision import metropolis, select
 from ebjax.types import Objective, Params, PyTree
 from gflownet.local_search import back_and_forth
 from gflownet.objectives.residual_losses import ResidualLoss, squared
@@ -97,11 +97,8 @@ def flow_negatives(
         jax.vmap(jax.random.uniform)(accept_keys),
         proposal.log_reward - log_reward + proposal.log_ratio,
     )
-
-    def choose(new, old):
-        return jnp.where(is_accepted.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-
-    return FlowNegatives(jax.tree.map(choose, proposal.state, terminal), is_accepted, rate)
+    state = jax.vmap(select)(is_accepted, proposal.state, terminal)
+    return FlowNegatives(state, is_accepted, rate)
 
 
 def rising_steps(most: int, num_updates: int) -> Callable[[jax.Array], jax.Array]:

@@ -25,11 +25,9 @@ from gflownet.environments.dags import (
     linear_gaussian_data,
     linear_gaussian_scores,
 )
-from gflownet.evaluation import evidence_bounds
 from gflownet.recipes.flow_config import FlowConfig
-from gflownet.recipes.judging import draw_fn, exact_laws_fn, flow_run
+from gflownet.recipes.judging import bounds_fn, draw_fn, draw_one_fn, exact_laws_fn, flow_run
 from gflownet.recipes.learners import LEARNERS
-from gflownet.rollout import forward_rollout
 
 __all__ = ["DagsConfig", "recipe"]
 
@@ -100,7 +98,7 @@ def build(config: DagsConfig) -> Run:
     data, network = _data(config)
     environment = dags(_SCORES[config.score](data))
     learner = LEARNERS[config.objective](config, environment)
-    draw = draw_fn(environment, learner)
+    draw, bounds = draw_fn(environment, learner), bounds_fn(environment, learner)
     laws = exact_laws_fn(environment, learner) if data.shape[1] <= _LISTED else None
 
     def sample(key, state: TrainState, num_samples: int):
@@ -110,19 +108,10 @@ def build(config: DagsConfig) -> Run:
             "log_rewards": np.asarray(drawn.log_reward),
         }
 
-    def draw_one(key, params):
-        return forward_rollout(key[None], environment, learner.policy, params).terminal.adjacency[0]
-
-    def bounds(key, state: TrainState):
-        params = learner.policy_params(state.ema)
-        return evidence_bounds(
-            key, environment, learner.policy, params, num_trajectories=_NUM_EVALUATED
-        )
-
     def monitor(key, state: TrainState):
         if laws is not None:
             return {"jensen_shannon": laws(state).figures()["jensen_shannon"]}
-        return {"negative_elbo": -bounds(key, state).elbo}
+        return {"negative_elbo": -bounds(key, state, _NUM_EVALUATED).elbo}
 
     def marginals(key, state: TrainState) -> dict[str, np.ndarray]:
         """[d, d] probability of each edge by title, the exact one last."""
@@ -137,7 +126,7 @@ def build(config: DagsConfig) -> Run:
 
     def evaluate(key, state: TrainState):
         bound_key, learned_key, edge_key = jax.random.split(key, 3)
-        estimate = bounds(bound_key, state)
+        estimate = bounds(bound_key, state, _NUM_EVALUATED)
         figures_ = {
             "log_z": float(learner.log_z(learned_key, state.ema)),
             "elbo": estimate.elbo,
@@ -181,7 +170,7 @@ def build(config: DagsConfig) -> Run:
         figures=figures,
         monitor=monitor,
         monitor_name="negative_elbo" if laws is None else "jensen_shannon",
-        draw=draw_one,
+        draw=draw_one_fn(environment, learner, lambda state: state.adjacency),
     )
 
 

@@ -6,20 +6,19 @@ One config chooses the objective; settings that are left at -1 follow it.
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ebjax.training import check_at_least, setting
-from ebjax.types import Flow, Recipe, Run, Source, TrainState
+from ebjax.types import Recipe, Run, Source, TrainState
 from gflownet import exact
 from gflownet.environments import HypergridState, hypergrid
 from gflownet.evaluation import sampling_floor
 from gflownet.recipes.flow_config import FlowConfig
+from gflownet.recipes.judging import draw_fn, draw_one_fn, exact_laws_fn, flow_run
 from gflownet.recipes.learners import LEARNERS
-from gflownet.rollout import forward_rollout
 from gflownet.types import Environment
 
 __all__ = ["HypergridConfig", "recipe"]
@@ -55,44 +54,22 @@ def build(config: HypergridConfig) -> Run:
         reward_ring=config.reward_ring,
     )
     learner = LEARNERS[config.objective](config, environment)
-    policy = learner.policy
-    is_enumerable = environment.enumerate is not None
+    draw, laws = draw_fn(environment, learner), exact_laws_fn(environment, learner)
     assert environment.log_z is not None
     exact_log_z = environment.log_z
 
-    @functools.cache
-    def tables() -> exact.Graph:
-        return exact.enumerate_graph(environment)
-
-    draw = jax.jit(
-        lambda key, params, num: forward_rollout(
-            jax.random.split(key, num), environment, policy, params
-        ),
-        static_argnums=2,
-    )
-
-    def draw_one(key, params):
-        return forward_rollout(key[None], environment, policy, params).terminal.position[0]
-
     def sample(key, state: TrainState, num_samples: int):
-        trajectories = draw(key, learner.policy_params(state.ema), num_samples)
+        trajectories = draw(key, state, num_samples)
         return {
             "positions": np.asarray(trajectories.terminal.position),
             "log_rewards": np.asarray(trajectories.log_reward),
             "lengths": np.asarray(trajectories.length),
         }
 
-    def laws(state: TrainState):
-        params = learner.policy_params(state.ema)
-        learned = exact.terminal_distribution(environment, policy, params, tables())
-        target, log_z = exact.target_distribution(environment, tables())
-        return np.asarray(learned), target, log_z
-
     def monitor(key, state: TrainState):
-        if not is_enumerable:
+        if laws is None:
             return {"log_z_error": abs(float(learner.log_z(key, state.ema)) - exact_log_z)}
-        learned, target, _ = laws(state)
-        return {"total_variation": exact.total_variation(learned, target)}
+        return {"total_variation": laws(state).figures()["total_variation"]}
 
     def evaluate(key, state: TrainState):
         log_z = float(learner.log_z(key, state.ema))
@@ -103,16 +80,14 @@ def build(config: HypergridConfig) -> Run:
             "log_z_error": abs(log_z - exact_log_z),
             "mean_length": float(draws["lengths"].mean()),
         }
-        if is_enumerable:
-            learned, target, _ = laws(state)
+        if laws is not None:
+            found = laws(state)
             empirical = _empirical(draws["positions"], config.side)
             figures_ |= {
-                "total_variation": exact.total_variation(learned, target),
-                "jensen_shannon": exact.jensen_shannon(learned, target),
-                "kullback_leibler": exact.kullback_leibler(learned, target),
-                "total_variation_of_2000_samples": exact.total_variation(empirical, target),
+                **found.figures(),
+                "total_variation_of_2000_samples": exact.total_variation(empirical, found.target),
                 "total_variation_of_2000_perfect_samples": sampling_floor(
-                    target, 2000, seed=config.seed
+                    found.target, 2000, seed=config.seed
                 ),
             }
         return figures_
@@ -125,12 +100,12 @@ def build(config: HypergridConfig) -> Run:
         empirical = _empirical(samples["positions"], config.side)
         panels = {f"{len(samples['positions']):,} samples": empirical}
         subtitle = ""
-        if is_enumerable:
-            learned, target, log_z = laws(state)
-            panels = {"target R(x) / Z": target, "learned, exact": learned, **panels}
+        if laws is not None:
+            found = laws(state)
+            panels = {"target R(x) / Z": found.target, "learned, exact": found.learned, **panels}
             subtitle = (
-                f"total variation {exact.total_variation(learned, target):.4f},  "
-                f"learned log Z {float(learner.log_z(key, state.ema)):.4f},  exact {log_z:.4f}"
+                f"total variation {found.figures()['total_variation']:.4f},  learned log Z "
+                f"{float(learner.log_z(key, state.ema)):.4f},  exact {found.log_z:.4f}"
             )
         shape = (config.side,) * config.dim
         # Cells are numbered with the first coordinate fastest.
@@ -142,20 +117,17 @@ def build(config: HypergridConfig) -> Run:
             subtitle += "   (marginals of two coordinates)"
         return {"distributions": grid_distributions(marginals, subtitle=subtitle)}
 
-    return Run(
-        init=learner.init,
-        objective=learner.objective,
-        optimizer=learner.optimizer,
+    return flow_run(
+        environment,
+        learner,
         source=_source(config, environment),
         sample=sample,
         evaluate=evaluate,
         figures=figures,
         monitor=monitor,
-        monitor_name="total_variation" if is_enumerable else "log_z_error",
+        monitor_name="log_z_error" if laws is None else "total_variation",
         progress=("loss", learner.progress, "log_reward", "trajectory_length"),
-        learned_params=lambda state: learner.policy_params(state.ema),
-        flow=Flow(environment, policy),
-        draw=draw_one,
+        draw=draw_one_fn(environment, learner, lambda state: state.position),
     )
 
 

@@ -9,16 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ebjax.types import Flow, Run, Source, TrainState
+from ebjax.types import Flow, Params, PyTree, Run, Source, TrainState
 from gflownet import exact
+from gflownet.evaluation import FlowBounds, evidence_bounds
 from gflownet.recipes.learners import Learner
 from gflownet.rollout import forward_rollout
-from gflownet.types import Environment, Trajectories
+from gflownet.types import Environment, State, Trajectories
 
-__all__ = ["NO_EXAMPLES", "ExactLaws", "draw_fn", "exact_laws_fn", "flow_run"]
-
-# Nothing to learn from but the reward.
-NO_EXAMPLES = Source((), lambda arrays, key, position: position)
+__all__ = ["ExactLaws", "bounds_fn", "draw_fn", "draw_one_fn", "exact_laws_fn", "flow_run"]
 
 
 def draw_fn(
@@ -32,6 +30,32 @@ def draw_fn(
         static_argnums=2,
     )
     return lambda key, state, num: draw(key, learner.policy_params(state.ema), num)
+
+
+def draw_one_fn(
+    environment: Environment,
+    learner: Learner,
+    read: Callable[[State], PyTree] = lambda state: state,
+) -> Callable[[jax.Array, Params], PyTree]:
+    """``(key, parameters of the policy) -> read(terminal state)``, one sample, pure."""
+
+    def draw(key, params):
+        drawn = forward_rollout(key[None], environment, learner.policy, params)
+        return read(jax.tree.map(lambda leaf: leaf[0], drawn.terminal))
+
+    return draw
+
+
+def bounds_fn(
+    environment: Environment, learner: Learner
+) -> Callable[[jax.Array, TrainState, int], FlowBounds]:
+    """``(key, state, num) -> FlowBounds`` of the averaged policy, from so many trajectories."""
+
+    def bounds(key, state, num):
+        params = learner.policy_params(state.ema)
+        return evidence_bounds(key, environment, learner.policy, params, num_trajectories=num)
+
+    return bounds
 
 
 class ExactLaws(NamedTuple):
@@ -87,7 +111,7 @@ def exact_laws_fn(
 
 
 def flow_run(environment: Environment, learner: Learner, **functions: Any) -> Run:
-    """The run of a flow that learns from the reward alone.
+    """The run of a flow, which learns from the reward alone unless there is a ``source``.
 
     Args:
       environment: the graph.
@@ -98,8 +122,11 @@ def flow_run(environment: Environment, learner: Learner, **functions: Any) -> Ru
         init=learner.init,
         objective=learner.objective,
         optimizer=learner.optimizer,
-        source=NO_EXAMPLES,
         flow=Flow(environment, learner.policy),
         learned_params=lambda state: learner.policy_params(state.ema),
-        **{"progress": ("loss", learner.progress, "log_reward"), **functions},
+        **{
+            "source": Source((), lambda arrays, key, position: position),
+            "progress": ("loss", learner.progress, "log_reward"),
+            **functions,
+        },
     )

@@ -17,10 +17,10 @@ import numpy as np
 from ebjax.training import check_at_least, setting
 from ebjax.types import Recipe, Run, TrainState
 from gflownet.environments.phylogeny import ForestState, encode_sites, load_alignment, phylogeny
-from gflownet.evaluation import correlations, evidence_bounds, log_probabilities
+from gflownet.evaluation import correlations, log_probabilities
 from gflownet.policies import pair_policy
 from gflownet.recipes.flow_config import FlowConfig
-from gflownet.recipes.judging import draw_fn, exact_laws_fn, flow_run
+from gflownet.recipes.judging import bounds_fn, draw_fn, exact_laws_fn, flow_run
 from gflownet.recipes.learners import LEARNERS
 
 __all__ = ["PhylogenyConfig", "newick", "recipe", "simulated_alignment"]
@@ -150,7 +150,7 @@ def build(config: PhylogenyConfig) -> Run:
         )
 
     learner = LEARNERS[config.objective](config, environment, make_policy)
-    draw = draw_fn(environment, learner)
+    draw, bounds = draw_fn(environment, learner), bounds_fn(environment, learner)
     laws = exact_laws_fn(environment, learner)
 
     def mutations(forest: ForestState) -> np.ndarray:
@@ -166,10 +166,6 @@ def build(config: PhylogenyConfig) -> Run:
             "mutations": mutations(drawn.terminal),
             "log_rewards": np.asarray(drawn.log_reward),
         }
-
-    def bounds(key, state: TrainState, num: int):
-        params = learner.policy_params(state.ema)
-        return evidence_bounds(key, environment, learner.policy, params, num_trajectories=num)
 
     def monitor(key, state: TrainState):
         if laws is not None:

@@ -30,16 +30,14 @@ from gflownet.environments.sequence_tables import qm9_strings, tfbind8
 from gflownet.environments.sequences import ORDERS, SequenceState
 from gflownet.evaluation import (
     correlations,
-    evidence_bounds,
     log_probabilities,
     modes_found,
     top_rewards,
 )
 from gflownet.policies import transformer_policy
 from gflownet.recipes.flow_config import FlowConfig
-from gflownet.recipes.judging import draw_fn, exact_laws_fn, flow_run
-from gflownet.recipes.learners import LEARNERS, mlp_of_config
-from gflownet.rollout import forward_rollout
+from gflownet.recipes.judging import bounds_fn, draw_fn, draw_one_fn, exact_laws_fn, flow_run
+from gflownet.recipes.learners import LEARNERS
 from gflownet.types import Environment
 
 __all__ = ["SequencesConfig", "recipe"]
@@ -175,11 +173,9 @@ def _words(bits: np.ndarray, bits_per_word: int) -> np.ndarray:
 def build(config: SequencesConfig) -> Run:
     """Makes the run of a config."""
     environment = _environment(config)
-    is_transformer = config.network == "transformer"
-    learner = LEARNERS[config.objective](
-        config, environment, _transformer if is_transformer else mlp_of_config
-    )
-    draw = draw_fn(environment, learner)
+    network = (_transformer,) if config.network == "transformer" else ()
+    learner = LEARNERS[config.objective](config, environment, *network)
+    draw, bounds = draw_fn(environment, learner), bounds_fn(environment, learner)
     laws = exact_laws_fn(environment, learner)
     is_bits = config.task == "bit_sequences"
 
@@ -193,13 +189,6 @@ def build(config: SequencesConfig) -> Run:
             "tokens": np.asarray(drawn.terminal.tokens),
             "log_rewards": np.asarray(drawn.log_reward),
         }
-
-    def draw_one(key, params):
-        return forward_rollout(key[None], environment, learner.policy, params).terminal.tokens[0]
-
-    def bounds(key, state: TrainState, num: int):
-        params = learner.policy_params(state.ema)
-        return evidence_bounds(key, environment, learner.policy, params, num_trajectories=num)
 
     def monitor(key, state: TrainState):
         if laws is not None:
@@ -294,7 +283,7 @@ def build(config: SequencesConfig) -> Run:
         figures=figures,
         monitor=monitor,
         monitor_name="negative_elbo" if laws is None else "total_variation",
-        draw=draw_one,
+        draw=draw_one_fn(environment, learner, lambda state: state.tokens),
     )
 
 

@@ -18,11 +18,11 @@ import jax
 import numpy as np
 
 from ebjax.training import setting
-from ebjax.types import Flow, Recipe, Run, Source, TrainState
+from ebjax.types import Recipe, Run, TrainState
 from gflownet.environments.sets import SET_BENCHMARKS, inclusion_probabilities, sets
 from gflownet.recipes.flow_config import FlowConfig
+from gflownet.recipes.judging import bounds_fn, draw_fn, draw_one_fn, flow_run
 from gflownet.recipes.learners import LEARNERS
-from gflownet.rollout import forward_rollout
 
 __all__ = ["SetsConfig", "recipe"]
 
@@ -65,28 +65,14 @@ def build(config: SetsConfig) -> Run:
     exact_log_z = environment.log_z
     learner = LEARNERS[config.objective](config, environment)
     exact = inclusion_probabilities(all_energies, num_chosen)
-    draw = jax.jit(
-        lambda key, params, num: forward_rollout(
-            jax.random.split(key, num), environment, learner.policy, params
-        ),
-        static_argnums=2,
-    )
-
-    def draw_one(key, params):
-        return forward_rollout(key[None], environment, learner.policy, params).terminal[0]
+    draw, bounds_of = draw_fn(environment, learner), bounds_fn(environment, learner)
 
     def sample(key, state: TrainState, num_samples: int):
-        drawn = draw(key, learner.policy_params(state.ema), num_samples)
+        drawn = draw(key, state, num_samples)
         return {
             "sets": np.asarray(drawn.terminal),
             "log_rewards": np.asarray(drawn.log_reward),
         }
-
-    def bounds_of(key, state: TrainState, num: int):
-        from gflownet.evaluation import evidence_bounds
-
-        params = learner.policy_params(state.ema)
-        return evidence_bounds(key, environment, learner.policy, params, num_trajectories=num)
 
     def monitor(key, state: TrainState):
         return {"elbo_gap": exact_log_z - bounds_of(key, state, 500).elbo}
@@ -113,20 +99,15 @@ def build(config: SetsConfig) -> Run:
         del key, state
         return {"inclusion": _inclusion(samples["sets"].mean(axis=0), exact, all_energies)}
 
-    return Run(
-        init=learner.init,
-        objective=learner.objective,
-        optimizer=learner.optimizer,
-        source=Source((), lambda arrays, key, position: position),
+    return flow_run(
+        environment,
+        learner,
         sample=sample,
         evaluate=evaluate,
         figures=figures,
         monitor=monitor,
         monitor_name="elbo_gap",
-        progress=("loss", learner.progress, "log_reward"),
-        learned_params=lambda state: learner.policy_params(state.ema),
-        flow=Flow(environment, learner.policy),
-        draw=draw_one,
+        draw=draw_one_fn(environment, learner),
     )
 
 

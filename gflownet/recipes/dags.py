@@ -58,7 +58,6 @@ class DagsConfig(FlowConfig):
     batch_size: int = setting(64)
     epsilon: float = setting(0.5)
     epsilon_decay_steps: int = setting(4000)
-    target_rate: float = setting(0.0)
     checkpoint_every: int = setting(1000)
     chunk_size: int = setting(256)
 

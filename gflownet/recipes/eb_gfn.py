@@ -43,7 +43,14 @@ from gflownet.objectives.energy_based_flow import energy_based_flow, rising_step
 from gflownet.policies import mlp_policy
 from gflownet.rollout import forward_rollout
 
-__all__ = ["EBGFlowNetConfig", "coupling_matrix", "ising_samples", "maximum_likelihood", "recipe"]
+__all__ = [
+    "EBGFlowNetConfig",
+    "coupling_matrix",
+    "ising_samples",
+    "maximum_likelihood",
+    "recipe",
+    "true_couplings",
+]
 
 _CHAINS: dict[str, Callable[..., Kernel]] = {
     "gibbs": gibbs,

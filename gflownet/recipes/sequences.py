@@ -240,20 +240,20 @@ def build(config: SequencesConfig) -> Run:
         if environment.log_z is not None:
             figures_["log_z_error"] = abs(figures_["log_z"] - environment.log_z)
             figures_["elbo_gap"] = environment.log_z - estimate.elbo
-        if laws is not None:
-            found = laws(state)
+        found = None if laws is None else laws(state)
+        if found is not None:
             figures_ |= found.figures()
-            count = round(_MODE_SHARE * len(found.target))
-            smallest = np.partition(found.target, -count)[-count]
-            log_r = np.log(smallest) + found.log_z
-            is_mode = drawn["log_rewards"] >= log_r - 1e-5
-            figures_["modes_found"] = len(np.unique(drawn["tokens"][is_mode], axis=0))
-        elif is_bits:
+        if is_bits:
             figures_["modes_found"] = modes_found(
                 to_bits(drawn["tokens"]),
                 hidden_modes(config.num_bits),
                 round(_MODE_DISTANCE * config.num_bits),
             )
+        elif found is not None:
+            count = round(_MODE_SHARE * len(found.target))
+            smallest = np.partition(found.target, -count)[-count]
+            is_mode = drawn["log_rewards"] >= np.log(smallest) + found.log_z - 1e-5
+            figures_["modes_found"] = len(np.unique(drawn["tokens"][is_mode], axis=0))
         return figures_
 
     def figures(key, state: TrainState, samples):

@@ -9,7 +9,6 @@ gfnx's own rewards stand wherever they serve; where they read a file that it doe
 another law, a reward module looks up the same numbers as this package does.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,15 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ebjax.energies import lattice
 from ebjax.training import by_group
-from ebjax.types import Source
 from gflownet import environments
 from gflownet.objectives import trajectory_balance
 from gflownet.policies import mlp_policy, transformer_policy
+from gflownet.recipes.eb_gfn import true_couplings
 from gflownet.types import Environment, Policy
 from launch.benchmarks.flow_peers import gfnx_workload
-from launch.benchmarks.own import _training
+from launch.benchmarks.own import flow_workload
 from launch.benchmarks.workload import Workload, import_peer
 
 __all__ = ["ebjax_task", "gfnx_task"]
@@ -51,10 +49,7 @@ def _local_scores() -> np.ndarray:
 
 def _couplings() -> np.ndarray:
     """[S, S] symmetric, each bond of the torus counted once in x' J x."""
-    matrix = np.zeros((SIDE**2, SIDE**2), np.float32)
-    first, second = lattice.lattice_edges((SIDE, SIDE)).T
-    np.add.at(matrix, (first, second), 0.5 * COUPLING)
-    return matrix + matrix.T
+    return true_couplings(SIDE, 0.5 * COUPLING).astype(np.float32)
 
 
 def _own(task: str) -> tuple[Environment, Policy]:
@@ -117,29 +112,16 @@ def ebjax_task(
         observation = environment.observe(environment.initial(key))
         return {"policy": policy.init(key, observation), "log_z": jnp.zeros(())}
 
-    workload = _training(
+    return flow_workload(
         f"gflownet {task}",
         init,
         objective,
         by_group({name: optax.adam(rate) for name, rate in RATES.items()}),
-        Source((), lambda arrays, key, position: position),
-        batch_size=num_trajectories,
+        num_trajectories=num_trajectories,
         num_updates=num_updates,
-        steps_per_call=num_updates,
         seed=seed,
         num_devices=num_devices,
-        note="the training loop's program: rollout, loss, Adam, weight average",
     )
-
-    def run() -> Mapping[str, float]:
-        metrics = workload.run()
-        return {
-            "loss": metrics["loss"],
-            "mean_length": metrics["trajectory_length"],
-            "log_z": metrics["log_z"],
-        }
-
-    return workload._replace(run=run)
 
 
 def gfnx_task(*, task: str, num_trajectories: int, num_updates: int, seed: int = 0) -> Workload:

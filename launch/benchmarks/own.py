@@ -20,7 +20,14 @@ from gflownet.objectives import trajectory_balance
 from gflownet.policies import mlp_policy
 from launch.benchmarks.workload import Workload
 
-__all__ = ["dispatch", "flow_hypergrid", "pcd", "sampler"]
+__all__ = [
+    "dispatch",
+    "flow_hypergrid",
+    "flow_workload",
+    "pcd",
+    "sampler",
+    "training_workload",
+]
 
 
 def sampler(
@@ -76,7 +83,7 @@ def sampler(
     )
 
 
-def _training(
+def training_workload(
     name: str,
     init: Callable[[jax.Array], Any],
     objective: Objective,
@@ -181,8 +188,32 @@ def flow_hypergrid(
             "log_z": optax.adam(rate(log_z_learning_rate)),
         }
     )
-    workload = _training(
+    return flow_workload(
         f"gflownet hypergrid {dim}-D side {side}",
+        init,
+        objective,
+        optimizer,
+        num_trajectories=num_trajectories,
+        num_updates=num_updates,
+        seed=seed,
+        num_devices=num_devices,
+    )
+
+
+def flow_workload(
+    name: str,
+    init: Callable[[jax.Array], Any],
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    num_trajectories: int,
+    num_updates: int,
+    seed: int,
+    num_devices: int,
+) -> Workload:
+    """A flow in the training loop's own program, all updates of a `run()` in one dispatch."""
+    workload = training_workload(
+        name,
         init,
         objective,
         optimizer,
@@ -254,7 +285,7 @@ def pcd(
         mode = arrays[jax.random.randint(mode_key, (), 0, len(modes))]
         return mode + 0.2 * jax.random.normal(noise_key, (2,))
 
-    workload = _training(
+    workload = training_workload(
         "ebjax persistent contrastive divergence",
         lambda key: energy.init(key, jnp.zeros(2)),
         objective,
@@ -284,7 +315,7 @@ def dispatch(
         del keys
         return jnp.mean(jnp.square(params - batch)), (carry, {})
 
-    return _training(
+    return training_workload(
         f"{backend}, {num_devices} devices, {steps_per_call} steps per call",
         lambda key: jax.random.normal(key),
         Objective(lambda key, params, batch: jnp.zeros(len(batch)), loss),

@@ -18,7 +18,7 @@ from ebjax.data import array_source
 from ebjax.energies.boltzmann import rbm, rbm_free_energy
 from ebjax.objectives.contrastive_divergence import persistent_contrastive_divergence
 from ebjax.samplers.rbm_marginal import rbm_marginal_gibbs
-from launch.benchmarks.own import _training
+from launch.benchmarks.own import training_workload
 from launch.benchmarks.workload import Workload
 
 __all__ = ["ebjax_updates", "sklearn_updates"]
@@ -59,7 +59,7 @@ def ebjax_updates(
     objective = persistent_contrastive_divergence(
         rbm_free_energy, rbm_marginal_gibbs(), pixels, num_steps=1, rebirth_probability=0.0
     )
-    return _training(
+    return training_workload(
         f"ebjax RBM {num_visible} x {num_hidden}",
         lambda key: rbm(num_hidden).init(key, jnp.zeros(num_visible)),
         objective,

@@ -30,32 +30,6 @@ def test_a_short_run_gives_all_figures():
     assert set(run.monitor(jax.random.key(3), state)) == {"elbo_gap"}
 
 
-@pytest.mark.parametrize("objective", ["tb", "flsubtb", "led", "tlm"])
-def test_objectives_fit_the_loop(objective):
-    """Parameters, carry and optimizer state keep their shapes; nothing is compiled."""
-    config = SetsConfig(size="small", objective=objective, hidden_features=(8,), batch_size=4)
-    run = build(config)
-
-    def step(key):
-        params = run.init(key)
-        batch = jax.numpy.zeros(4)
-        carry = run.objective.init(key, params, batch)
-        keys = jax.random.split(key, 4)
-        gradient, (after, _) = jax.grad(run.objective.loss, has_aux=True)(
-            params, carry, keys, batch
-        )
-        opt_state = run.optimizer.init(params)
-        updates, _ = run.optimizer.update(gradient, opt_state, params)
-        return params, updates, carry, after
-
-    params, updates, carry, after = jax.eval_shape(
-        jax.vmap(step, axis_name="devices"), jax.random.split(jax.random.key(0), 1)
-    )
-    shapes = lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)  # noqa: E731
-    assert shapes(params) == shapes(updates)
-    assert shapes(carry) == shapes(after)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

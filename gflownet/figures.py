@@ -63,7 +63,7 @@ def probabilities_and_rewards(
     scatter.set_xlabel("log R")
     scatter.set_ylabel("log p of the flow")
     # A few objects far below the others would squeeze them together.
-    low, high = np.quantile(log_reward, 0.001), log_reward.max()
+    low, high = np.quantile(log_reward, 0.01), log_reward.max()
     margin = 0.03 * (high - low) + 1e-6
     scatter.set_xlim(low - margin, high + margin)
     seen = log_probability[log_reward >= low]

@@ -1,10 +1,19 @@
 """Eight CPU devices for every test, double precision for those that ask for it, bounded memory."""
 
+import os
+
 import jax
 import pytest
 
 # Before JAX starts: tests of 1, 2 and 8 devices run in this process.
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_configure(config):
+    """Thousands of small programs are compiled once and run once: with little optimisation."""
+    if config.option.markexpr == "not slow":
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {flags}"
 
 
 @pytest.fixture

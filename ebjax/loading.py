@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 RECIPES = {
+    "composition": "ebjax.recipes.composition",
     "density": "ebjax.recipes.density",
     "digits": "ebjax.recipes.digits",
     "energy_ood": "ebjax.recipes.energy_ood",

@@ -137,6 +137,7 @@ OBJECTIVES_2D = (
     "noise_contrastive",
     "conditional_noise_contrastive",
     "flow_contrastive",
+    "cooperative",
 )
 
 
@@ -279,6 +280,29 @@ def _exploration() -> Table:
     )
 
 
+def _composition() -> Table:
+    operations = ("product", "mixture", "negation", "tempering")
+    return Table(
+        "Two learned laws composed: total variation from the exact composition, by sampler",
+        tuple(Row(name, "composition", {"operation": name}) for name in operations),
+        (
+            "tv_smc",
+            "tv_annealed",
+            "tv_mala",
+            "tv_reverse",
+            "tv_of_exact_draws",
+            "log_z_error",
+            "tv_of_learning",
+        ),
+        seeds=3,
+        bars=(
+            *(Bar(name, "tv_smc", high=0.05) for name in operations),
+            *(Bar(name, "log_z_error", -0.1, 0.1) for name in operations),
+            Bar("product", "tv_reverse", low=0.08),
+        ),
+    )
+
+
 def _eb_gfn() -> Table:
     kinds = ("flow", "gibbs", "gibbs_with_gradients")
     return Table(
@@ -304,6 +328,7 @@ def _eb_gfn() -> Table:
 
 
 TABLES = {
+    "composition": _composition(),
     "hypergrid": _hypergrid(),
     "jarzynski": _jarzynski(),
     "energy_ood": _energy_ood(),

@@ -37,10 +37,17 @@ from ebjax.evaluation.likelihood import (
     log_likelihood,
 )
 from ebjax.evaluation.neighbors import memorization_figures, modes_covered, nearest_neighbors
-from ebjax.evaluation.quadrature import GridLaw, grid_figures, grid_law
+from ebjax.evaluation.quadrature import (
+    CellDistance,
+    GridLaw,
+    cell_total_variation,
+    grid_figures,
+    grid_law,
+)
 from ebjax.evaluation.two_sample import TwoSampleTest, classifier_two_sample_test
 
 __all__ = [
+    "CellDistance",
     "ClassifierFeatures",
     "Drift",
     "GridLaw",
@@ -51,6 +58,7 @@ __all__ = [
     "annealed_log_likelihood",
     "bernoulli_base",
     "bits_per_dimension",
+    "cell_total_variation",
     "classification_figures",
     "classifier_features",
     "classifier_two_sample_test",

@@ -74,6 +74,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "noise_contrastive": {"num_noise": 4},
     "conditional_noise_contrastive": {"num_noise": 4},
     "flow_contrastive": {},
+    "cooperative": {**_BY_SAMPLES, "energy_regularizer": 0.01, "kernel": "mala"},
 }
 _BOUNDS = (-5.0, 5.0)
 
@@ -140,9 +141,9 @@ class DensityConfig(AdamConfig):
     perturbation_scale: float = setting(
         0.5, "conditional_noise_contrastive: deviation of the noise in that of the data"
     )
-    flow_layers: int = setting(6, "flow_contrastive: coupling layers")
+    flow_layers: int = setting(6, "flow_contrastive, cooperative: coupling layers")
     flow_player: str = setting("likelihood", "flow_contrastive: adversarial or likelihood")
-    flow_learning_rate: float = setting(1e-3, "flow_contrastive: learning rate of the flow")
+    flow_learning_rate: float = setting(1e-3, "flow_contrastive, cooperative: of the flow")
     sample_steps: int = setting(500, "steps from noise when samples are asked for")
     num_grid_points: int = setting(201, "points of the quadrature in a direction")
 
@@ -204,8 +205,13 @@ def build(config: DensityConfig) -> Run:
         "energy": config.optimizer(),
         "log_z": config.optimizer(10.0 * config.learning_rate),
         "flow": config.optimizer(config.flow_learning_rate),
+        "sampler": config.optimizer(config.flow_learning_rate),
     }
-    names = {"noise_contrastive": ["energy", "log_z"], "flow_contrastive": list(groups)}
+    names = {
+        "noise_contrastive": ["energy", "log_z"],
+        "flow_contrastive": ["energy", "log_z", "flow"],
+        "cooperative": ["energy", "sampler"],
+    }
     used = names.get(config.objective)
     draw_many = jax.jit(jax.vmap(method.sample, (0, None)))
     energies_of = jax.jit(jax.vmap(method.data_energy, (None, 0)))

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from ebjax.evaluation import GridLaw
 
-__all__ = ["landscape"]
+__all__ = ["landscape", "laws_and_draws"]
 
 
 def landscape(data: GridLaw, model: GridLaw, draws: Mapping[str, np.ndarray]) -> Figure:
@@ -35,14 +35,38 @@ def landscape(data: GridLaw, model: GridLaw, draws: Mapping[str, np.ndarray]) ->
         colors = "viridis_r" if "energy" in title else "viridis"
         axes.imshow(image.T, origin="lower", extent=extent, cmap=colors, **limits)
         axes.set_title(title, fontsize=9)
-    for axes, (title, points) in zip(panels[3:], draws.items(), strict=True):
+    _dots(panels[3:], draws, extent)
+    figure.tight_layout()
+    return figure
+
+
+def _dots(panels, draws: Mapping[str, np.ndarray], extent) -> None:
+    """Points as dots, one panel a set."""
+    for axes, (title, points) in zip(panels, draws.items(), strict=True):
         points = np.asarray(points)
         axes.scatter(points[:, 0], points[:, 1], s=2.0, alpha=0.5, color="#2a6f97", linewidths=0)
         axes.set_title(title, fontsize=9)
         axes.set_xlim(extent[0], extent[1])
         axes.set_ylim(extent[2], extent[3])
         axes.set_aspect("equal")
-    for axes in panels:
+    for axes in panels[0].figure.axes:
         axes.tick_params(labelsize=7)
+
+
+def laws_and_draws(laws: Mapping[str, GridLaw], draws: Mapping[str, np.ndarray]) -> Figure:
+    """Densities of laws in the plane, then sets of points, one panel each.
+
+    Args:
+      laws: on one grid, by title.
+      draws: sets of points [N, 2] by title, shown as dots.
+    """
+    figure = Figure(figsize=(2.7 * (len(laws) + len(draws)), 3.0), dpi=110)
+    panels = figure.subplots(1, len(laws) + len(draws))
+    axes_of_law = next(iter(laws.values())).axes
+    extent = (*axes_of_law[0][[0, -1]], *axes_of_law[1][[0, -1]])
+    for axes, (title, law) in zip(panels, laws.items(), strict=False):
+        axes.imshow(np.exp(law.log_density).T, origin="lower", extent=extent, cmap="viridis")
+        axes.set_title(title.replace("_", " "), fontsize=9)
+    _dots(panels[len(laws) :], draws, extent)
     figure.tight_layout()
     return figure

@@ -30,6 +30,7 @@ from ebjax.objectives.contrastive_divergence import (
     persistent_contrastive_divergence,
     short_run,
 )
+from ebjax.objectives.cooperative import cooperative
 from ebjax.objectives.denoising_score_matching import (
     annealed_denoising_score_matching,
     denoising_score_matching,
@@ -43,7 +44,7 @@ from ebjax.objectives.recovery_likelihood import (
     recovery_sample,
 )
 from ebjax.objectives.recovery_schedule import cosine_noise, recovery_schedule
-from ebjax.objectives.regularizers import gradient_penalty
+from ebjax.objectives.regularizers import energy_magnitude, gradient_penalty
 from ebjax.objectives.score_matching import (
     finite_difference_score_matching,
     score_matching,
@@ -238,15 +239,8 @@ def _conditional_noise(config: Any, frame: Frame, energy_fn: EnergyFn) -> Object
     return conditional_noise_contrastive(energy_fn, perturb, num_noise=config.num_noise)
 
 
-def _denoising(config: Any, frame: Frame) -> Method:
-    """One level: a plain energy. Several: an energy of position and level."""
-    if config.num_noise_levels == 1:
-        single = _plain(
-            lambda config, frame, energy_fn: denoising_score_matching(
-                energy_fn, noise_level=config.narrowest_noise
-            )
-        )
-        return single(config, frame)
+def level_energy(config: Any, frame: Frame):
+    """``(init, energy_fn, levels)`` of an energy of position and noise level, as above."""
     network, features = _level_network(config, frame.deviation)
     levels = geometric_noise_levels(
         config.widest_noise, config.narrowest_noise, config.num_noise_levels
@@ -261,6 +255,19 @@ def _denoising(config: Any, frame: Frame) -> Method:
         out = network.apply(params, features(scaled, feature))
         return 0.5 * jnp.sum(jnp.square(scaled)) + jnp.sqrt(variance) / level * out
 
+    return lambda key: network.init(key, features(jnp.zeros(2), 0.0)), energy_fn, levels
+
+
+def _denoising(config: Any, frame: Frame) -> Method:
+    """One level: a plain energy. Several: an energy of position and level."""
+    if config.num_noise_levels == 1:
+        single = _plain(
+            lambda config, frame, energy_fn: denoising_score_matching(
+                energy_fn, noise_level=config.narrowest_noise
+            )
+        )
+        return single(config, frame)
+    init, energy_fn, levels = level_energy(config, frame)
     narrowest = float(levels[-1])
 
     def draw(key, params):
@@ -279,7 +286,7 @@ def _denoising(config: Any, frame: Frame) -> Method:
         return position
 
     return Method(
-        init=lambda key: network.init(key, features(jnp.zeros(2), 0.0)),
+        init=init,
         objective=annealed_denoising_score_matching(energy_fn, noise_levels=levels),
         data_energy=lambda params, x: energy_fn(params, x, jnp.asarray(narrowest, x.dtype)),
         sample=draw,
@@ -356,12 +363,10 @@ def _noise_contrastive(config: Any, frame: Frame) -> Method:
     return Method(init, objective, of_all, draw)
 
 
-def _flow_contrastive(config: Any, frame: Frame) -> Method:
+def _flow(config: Any, frame: Frame):
     from ebjax.energies.flows import coupling_flow
-    from ebjax.objectives.flow_contrastive import flow_contrastive
 
-    init, energy_fn, of_all, draw = _with_log_z(config, frame)
-    flow = coupling_flow(
+    return coupling_flow(
         (2,),
         num_layers=config.flow_layers,
         features=(32, 32),
@@ -369,12 +374,48 @@ def _flow_contrastive(config: Any, frame: Frame) -> Method:
         scale=frame.deviation,
     )
 
+
+def _flow_contrastive(config: Any, frame: Frame) -> Method:
+    from ebjax.objectives.flow_contrastive import flow_contrastive
+
+    init, energy_fn, of_all, draw = _with_log_z(config, frame)
+    flow = _flow(config, frame)
+
     def init_both(key):
         energy_key, flow_key = jax.random.split(key)
         return {**init(energy_key), "flow": flow.init(flow_key, jnp.zeros(2))}
 
     objective = flow_contrastive(
         energy_fn, flow, player=config.flow_player, num_noise=config.num_noise
+    )
+    return Method(init_both, objective, of_all, draw)
+
+
+def _cooperative(config: Any, frame: Frame) -> Method:
+    """A flow proposes, short chains refine, each learns of the other; draws are theirs together."""
+    init, energy_fn = _plain_energy(config, frame)
+    flow = _flow(config, frame)
+    of_all = lambda params, x: energy_fn(params["energy"], x)  # noqa: E731
+    kernel = _kernel(config)
+
+    def init_both(key):
+        energy_key, flow_key = jax.random.split(key)
+        return {"energy": init(energy_key), "sampler": flow.init(flow_key, jnp.zeros(2))}
+
+    def draw(key, params):
+        flow_key, chain_key = jax.random.split(key)
+        state = kernel.init(of_all, params, flow.sample(params["sampler"], flow_key))
+        state, _ = run_chain(chain_key, kernel, of_all, params, state, config.langevin_steps)
+        return state.position
+
+    penalties = [energy_magnitude(config.energy_regularizer)] if config.energy_regularizer else []
+    objective = cooperative(
+        energy_fn,
+        flow.sample,
+        lambda params, key, proposal, refined: -flow.log_prob(params, refined),
+        kernel,
+        num_steps=config.langevin_steps,
+        regularizers=penalties,
     )
     return Method(init_both, objective, of_all, draw)
 
@@ -421,4 +462,5 @@ METHODS: dict[str, Callable[[Any, Frame], Method]] = {
     "noise_contrastive": _noise_contrastive,
     "conditional_noise_contrastive": _plain(_conditional_noise),
     "flow_contrastive": _flow_contrastive,
+    "cooperative": _cooperative,
 }

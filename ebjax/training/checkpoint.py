@@ -13,6 +13,8 @@ import gc
 import importlib.metadata
 import logging
 import math
+import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +34,10 @@ __all__ = ["Checkpointer", "library_versions"]
 
 _log = logging.getLogger(__name__)
 _SCHEMA = 1
+# Fields that states of earlier versions lack; they take the values of a new state.
+_ADDED_FIELDS = ("rollbacks",)
+# How often a reader starts again because the run that it looks at goes on.
+_MAX_READS = 10
 
 
 def library_versions() -> dict[str, str]:
@@ -138,6 +144,10 @@ class Checkpointer:
         """Saves a state given as host arrays, the same in all processes.
 
         Returns when the arrays are safe to change; writing goes on in the background.
+
+        Raises:
+          OSError: if this or the save before could not be written (a full disk, say). What was
+            saved earlier is whole, and what is there in part is removed by the next run.
         """
         self._metrics[step] = {name: float(value) for name, value in (metrics or {}).items()}
         arrays = _without_keys(state)
@@ -148,22 +158,34 @@ class Checkpointer:
             "metrics": self._metrics[step],
             "checksums": _checksums(arrays),
         }
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)
-            ),
-            force=True,
-        )
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)
+                ),
+                force=True,
+            )
+
+    @contextlib.contextmanager
+    def _writing(self):
+        """Within it all that goes wrong is an ``OSError`` of one sentence."""
+        try:
+            yield
+        except Exception as error:  # Orbax and its storage raise many types.
+            raise OSError(
+                f"A checkpoint in {self._directory} could not be written ({_reason(error)})"
+            ) from error
 
     def restore(self, like: PyTree, step: int | None = None) -> tuple[int, PyTree] | None:
         """Restores the newest checkpoint that can be read, or the one of ``step``.
 
-        A damaged checkpoint is skipped with a warning.
+        A damaged checkpoint is skipped with a warning. One that a run removed meanwhile, for it
+        goes on and saved newer ones, is none, and these are looked at.
 
         Args:
           like: a state of the same structure, shapes and dtypes; a checkpoint that differs in
-            them is an error and not damage.
+            them is an error and not damage. What states of earlier versions lack is taken from it.
           step: which one; the newest that can be read by default.
 
         Returns:
@@ -174,38 +196,52 @@ class Checkpointer:
             state of other structure, shapes or dtypes.
         """
         steps = self.steps() if step is None else [step]
-        template = jax.tree.map(_host_template, _without_keys(like))
-        for candidate in reversed(steps):
-            difference = None
-            try:
-                # Orbax would cast, and tell a wrong structure by the error that damage gives.
-                saved = self._manager.item_metadata(candidate)["state"]
-                if saved is None:
-                    raise FileNotFoundError("its arrays are missing")
-                difference = _difference(template, saved)
-                if difference is None:
-                    args = ocp.args.Composite(state=ocp.args.StandardRestore(template))
-                    state = self._manager.restore(candidate, args=args)["state"]
-                    # Not all that Orbax stores has a checksum of its own.
-                    if _checksums(state) != (self.about(candidate) or {}).get("checksums"):
-                        raise ValueError("its arrays are not those that were saved")
-                    return candidate, _with_keys(state, like)
-            except Exception as error:  # Orbax and its storage raise many types.
-                _log.warning(
-                    "Checkpoint %d in %s cannot be read and is skipped: %s",
-                    candidate,
-                    self._directory,
-                    _first_line(error),
-                )
-            _drop_failed_tasks()
-            if difference is not None:
-                raise ValueError(f"Checkpoint {candidate} in {self._directory} {difference}")
+        for _ in range(_MAX_READS):
+            for candidate in reversed(steps):
+                state = self._restore(candidate, like)
+                if state is not None:
+                    return candidate, state
+            self._manager.reload()
+            if step is not None or self.steps() == steps:
+                break
+            steps = self.steps()
         if steps:
             plural = "checkpoints" if len(steps) > 1 else "checkpoint"
             raise ValueError(
                 f"The {plural} {', '.join(map(str, steps))} in {self._directory} cannot be read; "
                 "restore the folder from a copy, or start again."
             )
+        return None
+
+    def _restore(self, step: int, like: PyTree) -> PyTree | None:
+        """One state, ``None`` where it cannot be read."""
+        difference = None
+        try:
+            # Orbax would cast, and tell a wrong structure by the error that damage gives.
+            saved = self._manager.item_metadata(step)["state"]
+            if saved is None:
+                raise FileNotFoundError("its arrays are missing")
+            template = jax.tree.map(_host_template, _without_keys(_older(like, saved)))
+            about = self.about(step) or {}
+            difference = _difference(template, saved, about.get("versions"))
+            if difference is None:
+                args = ocp.args.Composite(state=ocp.args.StandardRestore(template))
+                state = self._manager.restore(step, args=args)["state"]
+                # Not all that Orbax stores has a checksum of its own.
+                if _checksums(state) != about.get("checksums"):
+                    raise ValueError("its arrays are not those that were saved")
+                return _with_keys(_younger(state, like), like)
+        except Exception as error:  # Orbax and its storage raise many types.
+            if (self._directory / str(step)).exists():
+                _log.warning(
+                    "Checkpoint %d in %s cannot be read and is skipped: %s",
+                    step,
+                    self._directory,
+                    _first_line(error),
+                )
+        _drop_failed_tasks()
+        if difference is not None:
+            raise ValueError(f"Checkpoint {step} in {self._directory} {difference}")
         return None
 
     def set_aside(self, step: int) -> None:
@@ -227,12 +263,18 @@ class Checkpointer:
         self._manager.reload()
 
     def wait(self) -> None:
-        """Returns when everything saved is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when everything saved is on disk.
+
+        Raises:
+          OSError: if it could not be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits and releases the folder."""
-        self._manager.close()
+        """Waits and releases the folder; raises as ``wait`` does."""
+        with self._writing():
+            self._manager.close()
 
 
 @dataclasses.dataclass
@@ -262,6 +304,30 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
+def _reason(error: Exception) -> str:
+    """What the operating system said, where the long sentence of the storage has it."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code[1])) if code else _first_line(error)
+
+
+def _older(like: PyTree, saved: PyTree) -> PyTree:
+    """A state by its fields, without those that a saved one is too old to have."""
+    names = getattr(like, "_fields", ())
+    missing = [name for name in _ADDED_FIELDS if name in names and name not in saved]
+    if not missing:
+        return like
+    return {name: getattr(like, name) for name in names if name not in missing}
+
+
+def _younger(state: PyTree, like: PyTree) -> PyTree:
+    """The inverse of ``_older``, with the values of ``like``."""
+    if not hasattr(like, "_fields") or not isinstance(state, dict):
+        return state
+    missing = [name for name in like._fields if name not in state]
+    added = {name: jax.tree.map(np.asarray, getattr(like, name)) for name in missing}
+    return like._replace(**state, **added)
+
+
 def _without_keys(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: np.asarray(jax.random.key_data(x)) if is_key(x) else x, tree)
 
@@ -282,16 +348,19 @@ def _host_template(leaf: Any) -> np.ndarray:
     return np.zeros(np.shape(leaf), np.asarray(leaf).dtype)
 
 
-def _difference(template: PyTree, saved: PyTree) -> str | None:
+def _difference(template: PyTree, saved: PyTree, versions: Any) -> str | None:
     """Where the metadata of a saved state differs from a template, as the end of a sentence."""
     expected, found = _described(template), _described(saved)
+    maker, own = dict(versions or {}).get("ebjax"), library_versions().get("ebjax")
+    origin = "" if maker in (None, own) else f" (saved by ebjax {maker}, this is {own})"
     for name in sorted({*expected, *found}):
         if name not in found:
-            return f"does not hold {name}, which the config asks for ({expected[name]})."
+            return f"does not hold {name}, which the config asks for ({expected[name]}){origin}."
         if name not in expected:
-            return f"holds {name} ({found[name]}), which the config does not know."
+            return f"holds {name} ({found[name]}), which the config does not know{origin}."
         if found[name] != expected[name]:
-            return f"holds {name} as {found[name]}, and the config asks for {expected[name]}."
+            asked = expected[name]
+            return f"holds {name} as {found[name]}, and the config asks for {asked}{origin}."
     return None
 
 

@@ -29,14 +29,23 @@ from ebjax.samplers.smc.resampling import (
     stratified,
     systematic,
 )
+from ebjax.samplers.smc.reverse_diffusion import (
+    DiffusionParticle,
+    ReverseDiffusion,
+    reverse_diffusion,
+    reverse_diffusion_sample,
+    reverse_diffusion_smc,
+)
 from ebjax.samplers.smc.tempered import TemperedSamples, ais_log_z, smc_sample
 
 __all__ = [
     "RESAMPLERS",
+    "DiffusionParticle",
     "FeynmanKac",
     "GeometricPath",
     "Population",
     "PowerPath",
+    "ReverseDiffusion",
     "StepInfo",
     "TemperatureInfo",
     "TemperedSamples",
@@ -53,6 +62,9 @@ __all__ = [
     "power_path",
     "resample",
     "residual",
+    "reverse_diffusion",
+    "reverse_diffusion_sample",
+    "reverse_diffusion_smc",
     "reweight",
     "smc_sample",
     "start",

@@ -1,0 +1,350 @@
+"""Two laws in the plane, learned apart and sampled together: product, mixture, negation, tempering.
+
+Each law has an energy of position and noise level, learned by denoising score matching. Nothing is
+trained on the composition; it is made when samples are asked for:
+
+    product     U = E_1 + E_2
+    mixture     U = -log Σ_i exp(-E_i - log Z_i), each with its log Z of every level
+    negation    U = (1 + α) E_1 - α E_2
+    tempering   U = (E_1 + E_2) / τ
+
+and drawn from by one of
+
+    smc         weighted reverse diffusion with Markov steps (``reverse_diffusion_smc``)
+    annealed    Metropolis-adjusted Langevin chains down the levels
+    mala        the same chain at the narrowest level alone, from a wide Gaussian
+    reverse     reverse diffusion along the composed slope, which is biased
+
+the first three with as many evaluations of the energies. The law ``exp(-U) / Z`` at the narrowest
+level is known by quadrature, and so is how far each sampler is from it (``tv``) and how far it is
+from the composition of the true laws (``tv_of_learning``, which no sampler can mend).
+
+Du et al., "Reduce, reuse, recycle: compositional generation with energy-based diffusion models and
+MCMC", ICML 2023. Thornton et al., "Composition and control with distilled energy diffusion models
+and sequential Monte Carlo", AISTATS 2025.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ebjax.energies import condition, mixture, sum_of, targets, temper
+from ebjax.objectives.denoising_score_matching import annealed_denoising_score_matching
+from ebjax.recipes.density import DATASETS
+from ebjax.recipes.density_methods import data_frame, level_energy
+from ebjax.samplers import annealed_langevin, mala, run_chain
+from ebjax.samplers.smc import reverse_diffusion_sample, reverse_diffusion_smc, systematic
+from ebjax.training import AdamConfig, check_at_least, check_between, setting
+from ebjax.types import EnergyFn, Objective, Params, Recipe, Run, Source, Target, TrainState
+
+__all__ = ["CompositionConfig", "recipe"]
+
+_OPERATIONS = ("product", "mixture", "negation", "tempering")
+_SAMPLERS = ("smc", "annealed", "mala", "reverse")
+_BOUNDS = (-5.0, 5.0)
+_CELLS = 12
+# A few draws are a part of a population that is large enough.
+_MIN_PARTICLES = 2000
+
+_CORNERS = np.array([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]])
+
+
+def _law(name: str) -> Target:
+    """A law by name. Four and three Gaussians in the corners of a square have an exact product."""
+    if name == "four_corners":
+        return targets.gaussian_mixture(_CORNERS, 0.35, (0.4, 0.1, 0.1, 0.4))
+    if name == "three_corners":
+        return targets.gaussian_mixture(_CORNERS[[0, 2, 3]], 0.35, (0.2, 0.6, 0.2))
+    return getattr(targets, name)()
+
+
+_LAWS = ("four_corners", "three_corners", *DATASETS)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompositionConfig(AdamConfig):
+    """Settings of the run."""
+
+    first: str = setting("four_corners", f"one law: {', '.join(_LAWS)}")
+    second: str = setting("three_corners", "the other law")
+    operation: str = setting("product", f"what is made of them: {', '.join(_OPERATIONS)}")
+    negation_weight: float = setting(0.3, "negation: share taken away")
+    temperature: float = setting(2.0, "tempering: τ; 2 is the geometric mean of both laws")
+    sampler: str = setting("smc", f"what draws samples: {', '.join(_SAMPLERS)}")
+    num_steps: int = setting(8000)
+    batch_size: int = setting(256)
+    learning_rate: float = setting(3e-3)
+    learning_rate_final_fraction: float = setting(0.0)
+    ema_decay: float = setting(0.995)
+    steps_per_call: int = setting(50)
+    hidden_features: tuple[int, ...] = setting((128, 128), "widths of the networks' hidden layers")
+    num_frequencies: int = setting(32, "random Fourier features of the position, 0 for none")
+    frequency_scale: float = setting(1.0, "standard deviation of their frequencies")
+    num_noise_levels: int = setting(100, "noise levels, of training and of samplers")
+    narrowest_noise: float = setting(0.1, "the noise level of the laws that are composed")
+    widest_noise: float = setting(4.0, "the widest noise level")
+    markov_steps: int = setting(3, "smc: Markov steps at each level; other chains take as many")
+    step_fraction: float = setting(0.2, "their step size in units of the variance of the noise")
+    num_evaluated: int = setting(4000, "samples when samplers are judged")
+    num_grid_points: int = setting(201, "points of the quadrature in a direction")
+
+    def __post_init__(self) -> None:
+        """Checks types and ranges."""
+        super().__post_init__()
+        for name, known in (
+            ("first", _LAWS),
+            ("second", _LAWS),
+            ("operation", _OPERATIONS),
+            ("sampler", _SAMPLERS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}."
+                )
+        check_at_least(self, 1, "markov_steps", "num_evaluated")
+        check_at_least(self, 2, "num_noise_levels")
+        check_at_least(self, 0, "num_frequencies")
+        check_at_least(self, 1e-6, "narrowest_noise", "frequency_scale", "step_fraction")
+        check_at_least(self, 1e-6, "temperature", "negation_weight")
+        check_between(self, 11, 2001, "num_grid_points")
+        if self.widest_noise <= self.narrowest_noise:
+            raise ValueError(
+                f"widest_noise is {self.widest_noise}; it must be above narrowest_noise, "
+                f"{self.narrowest_noise}."
+            )
+        if not self.hidden_features or min(self.hidden_features) < 1:
+            raise ValueError(
+                f"hidden_features is {self.hidden_features}; give at least one positive width."
+            )
+
+
+def _compose(
+    config: CompositionConfig, first: EnergyFn, second: EnergyFn
+) -> tuple[EnergyFn, float]:
+    """``(U of params (first, second), its power)``: at wide noise U is about that of N(0, σ²)."""
+    if config.operation == "product":
+        return sum_of(first, second), 2.0
+    if config.operation == "mixture":
+        return mixture(first, second), 1.0
+    if config.operation == "negation":
+        share = config.negation_weight
+        return sum_of(first, second, weights=(1.0 + share, -share)), 1.0
+    return temper(sum_of(first, second), config.temperature), 2.0 / config.temperature
+
+
+def _pair(first: Objective, second: Objective) -> Objective:
+    """Both objectives at once, on params and batches ``{"first": ..., "second": ...}``."""
+    both = {"first": first, "second": second}
+
+    def init(key, params, batch):
+        return {name: each.init(key, params[name], batch[name]) for name, each in both.items()}
+
+    def loss(params, carry, keys, batch):
+        total, carries, metrics = jnp.zeros(()), {}, {}
+        for index, (name, each) in enumerate(both.items()):
+            own_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+            value, (carries[name], own) = each.loss(
+                params[name], carry[name], own_keys, batch[name]
+            )
+            total += value
+            metrics |= {f"{key}_{name}": figure for key, figure in own.items()}
+        return total, (carries, metrics)
+
+    return Objective(init=init, loss=loss)
+
+
+def build(config: CompositionConfig) -> Run:
+    """Makes the run of a config."""
+    laws = {"first": _law(config.first), "second": _law(config.second)}
+    frames = {name: data_frame(law) for name, law in laws.items()}
+    inits, energies, objectives = {}, {}, {}
+    for name, frame in frames.items():
+        inits[name], energies[name], levels = level_energy(config, frame)
+        objectives[name] = annealed_denoising_score_matching(energies[name], noise_levels=levels)
+    width = float(np.hypot(levels[0], max(frame.deviation for frame in frames.values())))
+    centre = np.mean([frame.mean for frame in frames.values()], axis=0)
+
+    def example(arrays, key, position):
+        del arrays
+        first_key, second_key = jax.random.split(jax.random.fold_in(key, position))
+        return {
+            "first": laws["first"].sample(first_key),
+            "second": laws["second"].sample(second_key),
+        }
+
+    def init(key):
+        keys = jax.random.split(key)
+        return {name: inits[name](own) for name, own in zip(inits, keys, strict=True)}
+
+    def normalised(name: str) -> EnergyFn:
+        """E + log Z at a level, with params ``(θ, log Z [levels])``; the ladder is falling."""
+
+        def energy_fn(params, x, level):
+            index = jnp.searchsorted(-jnp.asarray(levels, x.dtype), -level)
+            return energies[name](params[0], x, level) + params[1][index]
+
+        return energy_fn
+
+    composed, power = _compose(config, normalised("first"), normalised("second"))
+    scale = width / power**0.5
+    at_narrowest = condition(composed, jnp.asarray(levels[-1], jnp.float32))
+
+    def smc(key, energy_fn, params, scale, num: int):
+        return reverse_diffusion_smc(
+            key,
+            energy_fn,
+            params,
+            num_particles=num,
+            noise_levels=levels,
+            mean=centre,
+            scale=scale,
+            num_mcmc_steps=config.markov_steps,
+            step_fraction=config.step_fraction,
+        )
+
+    @jax.jit
+    def learned(params: Params) -> Params:
+        """``((θ_1, log Z_1 [levels]), (θ_2, log Z_2))``; constants cancel but in a mixture."""
+        out = []
+        for name in ("first", "second"):
+            log_z = jnp.zeros(len(levels))
+            if config.operation == "mixture":
+                _, info = smc(jax.random.key(0), energies[name], params[name], width, 4000)
+                log_z = info.log_z[: len(levels)]
+            out.append((params[name], log_z))
+        return tuple(out)
+
+    # Evaluations of U by weighted reverse diffusion, per level and particle.
+    chain_steps = config.markov_steps + 3
+
+    @functools.partial(jax.jit, static_argnums=(0, 3))
+    def draw_many(sampler: str, key, params, num: int):
+        """``(positions [num, 2], log Z)``, equally weighted; log Z is NaN but for smc."""
+        if sampler == "smc":
+            population, _ = smc(key, composed, params, scale, max(num, _MIN_PARTICLES))
+            order_key, draw_key = jax.random.split(jax.random.fold_in(key, 1))
+            ancestors = systematic(draw_key, population.log_weights)
+            chosen = jax.random.permutation(order_key, ancestors)[:num]
+            return population.particles.position[chosen], population.log_z
+        start_key, chain_key = jax.random.split(key)
+        starts = centre + scale * jax.random.normal(start_key, (num, 2))
+
+        def one(key, start):
+            if sampler == "reverse":
+                return reverse_diffusion_sample(key, composed, params, start, noise_levels=levels)
+            if sampler == "annealed":
+                return annealed_langevin(
+                    key,
+                    composed,
+                    params,
+                    start,
+                    noise_levels=levels,
+                    num_steps=chain_steps,
+                    step_size=config.step_fraction * levels[-1] ** 2,
+                    build_kernel=mala,
+                )[0]
+            kernel = mala(step_size=config.step_fraction * levels[-1] ** 2)
+            state = kernel.init(at_narrowest, params, start)
+            num_steps = chain_steps * len(levels)
+            return run_chain(key, kernel, at_narrowest, params, state, num_steps)[0].position
+
+        return jax.vmap(one)(jax.random.split(chain_key, num), starts), jnp.nan
+
+    energies_of = jax.jit(jax.vmap(at_narrowest, (None, 0)))
+
+    def grid(energy_fn, params):
+        from ebjax.evaluation import grid_law
+
+        return grid_law(energy_fn, params, bounds=_BOUNDS, num_points=config.num_grid_points)
+
+    def true_law():
+        """The composition of the true laws, without noise."""
+
+        def of(law: Target):
+            return lambda params, x, level: law.energy((), x) + law.log_z
+
+        energy_fn, _ = _compose(config, of(laws["first"]), of(laws["second"]))
+        return grid(lambda params, x: energy_fn(((), ()), x, 0.0), ())
+
+    def sample(key, state: TrainState, num_samples: int):
+        params = learned(state.ema)
+        positions, _ = draw_many(config.sampler, key, params, num_samples)
+        return {
+            "positions": np.asarray(positions),
+            "energies": np.asarray(energies_of(params, positions)),
+        }
+
+    def monitor(key, state: TrainState):
+        from ebjax.evaluation import grid_figures
+
+        del key
+        figures = {}
+        for name, law in laws.items():
+            at_level = condition(energies[name], jnp.asarray(levels[-1], jnp.float32))
+            exact = grid_figures(grid(at_level, state.ema[name]), grid(law.energy, ()))
+            figures[f"total_variation_{name}"] = exact["total_variation"]
+        return {"total_variation": max(figures.values()), **figures}
+
+    def evaluate(key, state: TrainState):
+        from ebjax.evaluation import cell_total_variation, grid_figures
+
+        params = learned(state.ema)
+        law = grid(at_narrowest, params)
+        figures: dict[str, Any] = {}
+        for index, sampler in enumerate(_SAMPLERS):
+            own_key = jax.random.fold_in(key, index)
+            positions, log_z = draw_many(sampler, own_key, params, config.num_evaluated)
+            distance = cell_total_variation(np.asarray(positions), law, num_cells=_CELLS)
+            figures[f"tv_{sampler}"] = distance.total_variation
+            figures["tv_of_exact_draws"] = distance.of_exact_draws
+            if sampler == "smc":
+                figures["log_z_error"] = float(log_z) - law.log_z
+        figures["tv_of_learning"] = grid_figures(law, true_law())["total_variation"]
+        figures |= monitor(key, state)
+        return figures
+
+    def figures(key, state: TrainState, samples):
+        from ebjax.recipes.density_figures import laws_and_draws
+
+        params = learned(state.ema)
+        at_level = {
+            name: condition(each, jnp.asarray(levels[-1], jnp.float32))
+            for name, each in energies.items()
+        }
+        shown = {
+            f"first: {config.first}": grid(at_level["first"], state.ema["first"]),
+            f"second: {config.second}": grid(at_level["second"], state.ema["second"]),
+            f"{config.operation}, exact": grid(at_narrowest, params),
+        }
+        drawn = {
+            name: np.asarray(draw_many(name, key, params, len(samples["positions"]))[0])
+            for name in ("smc", "mala", "reverse")
+        }
+        return {"composition": laws_and_draws(shown, drawn)}
+
+    chain = "annealed" if config.sampler == "smc" else config.sampler
+    return Run(
+        init=init,
+        objective=_pair(objectives["first"], objectives["second"]),
+        optimizer=config.optimizer(),
+        source=Source((), example),
+        sample=sample,
+        evaluate=evaluate,
+        figures=figures,
+        monitor=monitor,
+        monitor_name="total_variation",
+        progress=("loss", "gradient_norm"),
+        energy=at_narrowest,
+        learned_params=lambda state: learned(state.ema),
+        # A draw by itself has no population.
+        draw=lambda key, params: draw_many(chain, key, params, 1)[0][0],
+    )
+
+
+recipe = Recipe(CompositionConfig, build, seed_is_key=True)

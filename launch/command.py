@@ -1,6 +1,7 @@
 """What all commands share: flags, help, errors in one sentence, exit codes.
 
-Exit codes: 0 done, 1 the run failed (a loss that is not finite), 2 something in the call is wrong.
+Exit codes: 0 done, 1 the run failed (a loss that is not finite, a full disk), 2 something in the
+call is wrong.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 from absl.flags import FlagValues
 from ml_collections import ConfigDict, config_flags
@@ -101,8 +103,9 @@ def main(command: Command, argv: list[str] | None = None) -> None:
     except UserError as error:
         _complain(command, str(error))
         sys.exit(2)
-    except OSError as error:
-        _complain(command, f"{error}.")
+    except (OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        text = str(error).strip() or type(error).__name__
+        _complain(command, text if text.endswith(".") else f"{text}.")
         sys.exit(1)
     except KeyboardInterrupt:
         _complain(command, "interrupted.")

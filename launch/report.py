@@ -323,9 +323,8 @@ def _run(flag_values: flags.FlagValues) -> None:
         _read_run(path, name, color)
         for path, name, color in zip(paths, names, _colors(len(paths)), strict=True)
     ]
-    temporary = output.with_name(output.name + ".tmp")
-    temporary.write_text(_page(shown), encoding="utf-8")
-    temporary.replace(output)
+    with runs.replacing(output) as path:
+        path.write_text(_page(shown), encoding="utf-8")
     print(f"{output}: {', '.join(names)}")
     for run in shown:
         for note in run.notes:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,14 +36,18 @@ __all__ = [
     "find_recipe",
     "find_workdir",
     "load_run",
+    "lock_workdir",
     "make_config",
     "open_workdir",
     "prepare_workdir",
     "read_config",
     "read_figures",
+    "replacing",
     "restore",
     "write_json",
 ]
+
+_LOCK = "train.lock"
 
 # What a run directory holds, in the order in which a person is told of it.
 CONTENTS = {
@@ -106,8 +112,8 @@ def open_workdir(
     config = make_config(recipe, settings)
     names = sorted(p.name for p in path.iterdir()) if path.exists() else []
     if "config.json" not in names:
-        # A run that was killed while it wrote its first file left only this one.
-        foreign = [name for name in names if name != "config.json.tmp"]
+        # A run that was killed while it wrote its first file left only these.
+        foreign = [name for name in names if name not in ("config.json.tmp", _LOCK)]
         if foreign:
             raise UserError(
                 f"workdir is {workdir}, which holds no run (no config.json) but other files such "
@@ -140,6 +146,36 @@ def open_workdir(
     return WorkdirPlan(path, config, must_clear=False, is_resumed=True)
 
 
+@contextlib.contextmanager
+def lock_workdir(path: Path) -> Iterator[None]:
+    """Within it no other process trains in a run directory, which is made if missing.
+
+    The operating system holds the lock, and drops it when the process ends, however it ends; the
+    file ``train.lock`` stays and means nothing by itself. File systems without locks do without.
+
+    Raises:
+      UserError: if another process trains there, or it cannot be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        opened = (path / _LOCK).open("a")
+    except OSError as error:
+        raise UserError(
+            f"workdir is {path}, which cannot be written ({error}); choose another folder."
+        ) from None
+    with opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"workdir is {path}, in which another process trains; wait for its end, or give "
+                "another --workdir."
+            ) from None
+        except OSError:
+            pass
+        yield
+
+
 def prepare_workdir(plan: WorkdirPlan, recipe_name: str, recipe_module: str | None = None) -> None:
     """Carries out a plan: clears an old run if asked, and writes ``config.json``."""
     if plan.must_clear:
@@ -169,8 +205,23 @@ def read_figures(workdir: Path) -> dict[str, float] | None:
     return figures if isinstance(figures, dict) else None
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never a part."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of ``path`` when the block has ended well.
+
+    A reader sees the old file or the new one, never a part, and a full disk leaves the old one.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON in the place of what was there."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -5,7 +5,8 @@
 
 The run directory receives config.json, metrics.jsonl, TensorBoard events, checkpoints, samples and
 figures. The same command on the same directory goes on from the newest checkpoint; --overwrite
-starts again. SIGTERM and Ctrl-C save the state before they end the run.
+starts again. SIGTERM and Ctrl-C save the state before they end the run. Only one process (or group
+of processes) trains in a directory at a time; commands that only look may do so meanwhile.
 
 Several processes (hosts) run the same command with --coordinator_address, --num_processes and
 --process_id, on a directory that all of them see.
@@ -22,10 +23,11 @@ import socket
 import sys
 import threading
 import time
+import traceback
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -202,6 +204,7 @@ class _Start(NamedTuple):
 
 
 def _checked_call(flag_values: flags.FlagValues) -> _Start:
+    """What a call asks for, where nothing in it is wrong."""
     if flag_values.config is None:
         raise UserError(
             f"--config is missing; give one of {', '.join(command.builtin_configs())} or a path."
@@ -223,9 +226,20 @@ def _checked_call(flag_values: flags.FlagValues) -> _Start:
     return _Start(plan, settings["recipe"], run, len(devices))
 
 
-def _checked_state(start: _Start) -> TrainState:
+def _lock(start: _Start, held: contextlib.ExitStack) -> None:
+    """Keeps other processes out of the run directory, which the plan must still fit."""
+    plan = start.plan
+    held.enter_context(runs.lock_workdir(plan.path))
+    is_there = (plan.path / "config.json").exists()
+    if is_there != (plan.is_resumed or plan.must_clear):
+        raise UserError(f"workdir is {plan.path}, which was changed meanwhile; call again.")
+
+
+def _checked_state(start: _Start, held: contextlib.ExitStack) -> TrainState:
     """The state that training goes on from, which may be its first."""
     plan, config = start.plan, start.plan.config
+    if jax.process_index() == 0:
+        _lock(start, held)
     state = runs.restore(plan.path, start.run, config) if plan.is_resumed else None
     if state is None:
         return init_state(start.run, config)
@@ -245,24 +259,66 @@ def _checked_state(start: _Start) -> TrainState:
 
 def _run(flag_values: flags.FlagValues) -> int:
     _use_devices(flag_values)
-    with StopSignal() as stop_signal:
+    with StopSignal() as stop_signal, contextlib.ExitStack() as held:
         start = _agreed(
             lambda: _checked_call(flag_values), lambda start: repr((start.plan, start.num_devices))
         )
-        state = _agreed(lambda: _checked_state(start), lambda state: str(state.step))
-        is_first = jax.process_index() == 0
-        if is_first:
-            runs.prepare_workdir(start.plan, start.recipe_name, flag_values.recipe_module)
-        _barrier("prepared")
-        console = Console(quiet=flag_values.quiet or not is_first)
-        plural = "device" if start.num_devices == 1 else "devices"
-        console.print(
-            f"[bold]{start.recipe_name}[/bold] on {start.num_devices} "
-            f"{jax.devices()[0].platform.upper()} {plural}"
-        )
-        is_tracked = flag_values.track_energy and is_first
-        with EnergyMeter(start.plan.path) if is_tracked else contextlib.nullcontext():
-            return _train(start.run, start.plan, state, console, stop_signal)
+        state = _agreed(lambda: _checked_state(start, held), lambda state: str(state.step))
+        try:
+            return _carry_out(flag_values, start, state, stop_signal)
+        except Exception as error:
+            text = " ".join(str(error).split())[:400]
+            is_of_jax = _is_of_jax(error)
+            if is_of_jax and jax.process_count() > 1 and "RESOURCE_EXHAUSTED" not in text:
+                text = f"another process has ended or cannot be reached ({text})"
+            text += (
+                f"; what the run in {start.plan.path} had saved is there, and the same command "
+                "goes on from it"
+            )
+            is_known = is_of_jax or isinstance(error, OSError | UserError)
+            if jax.process_count() > 1:
+                _leave(text if is_known else traceback.format_exc())
+            if is_known and not isinstance(error, UserError):
+                raise OSError(text) from None
+            raise
+
+
+def _is_of_jax(error: Exception) -> bool:
+    """Whether it comes from devices or from the connection to other processes."""
+    # Lost connections are of type ValueError, and begin with a status as the others do.
+    return isinstance(error, jax.errors.JaxRuntimeError) or bool(
+        re.match(r"[A-Z]+(_[A-Z]+)*: ", str(error))
+    )
+
+
+def _leave(text: str) -> NoReturn:
+    """Ends one of several processes at once, for the others may be gone or wait for this one.
+
+    They then find the connection closed, and end in the same way; the regular end of JAX would
+    wait for all of them.
+    """
+    print(f"{COMMAND.name}: process_id {jax.process_index()}: {text}.", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _carry_out(
+    flag_values: flags.FlagValues, start: _Start, state: TrainState, stop_signal: StopSignal
+) -> int:
+    """Prepares the run directory and trains."""
+    is_first = jax.process_index() == 0
+    if is_first:
+        runs.prepare_workdir(start.plan, start.recipe_name, flag_values.recipe_module)
+    _barrier("prepared")
+    console = Console(quiet=flag_values.quiet or not is_first)
+    plural = "device" if start.num_devices == 1 else "devices"
+    console.print(
+        f"[bold]{start.recipe_name}[/bold] on {start.num_devices} "
+        f"{jax.devices()[0].platform.upper()} {plural}"
+    )
+    is_tracked = flag_values.track_energy and is_first
+    with EnergyMeter(start.plan.path) if is_tracked else contextlib.nullcontext():
+        return _train(start.run, start.plan, state, console, stop_signal)
 
 
 def _train(
@@ -327,10 +383,12 @@ def _train(
         print(text, file=sys.stderr)
         return 1
     finally:
-        progress.close()
-        if writer is not None:
-            writer.close()
-        checkpointer.close()
+        # All of them, also where a full disk ends one with an error.
+        with contextlib.ExitStack() as closed:
+            closed.callback(checkpointer.close)
+            if writer is not None:
+                closed.callback(writer.close)
+            closed.callback(progress.close)
     if not result.is_finished:
         console.print(
             f"stopped by {stop_signal.name or 'a preemption'} at step {int(result.state.step)}, "
@@ -348,14 +406,16 @@ def finish(run: Run, config: TrainingConfig, state: TrainState, workdir: Path) -
     """Writes samples, pictures and figures of merit of a finished run; returns the last."""
     sample_key, evaluate_key, figure_key = jax.random.split(jax.random.key(config.seed + 1), 3)
     samples = run.sample(sample_key, state, 500)
-    np.savez(workdir / "samples.npz", **samples)
+    with runs.replacing(workdir / "samples.npz") as path, path.open("wb") as file:
+        np.savez(file, **samples)
     evaluation = run.evaluate(evaluate_key, state)
     folder = workdir / "figures"
     folder.mkdir(exist_ok=True)
     figures = run.figures(figure_key, state, samples)
     figures["training_curves"] = training_curves(read_metrics(workdir / "metrics.jsonl"))
     for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png")
+        with runs.replacing(folder / f"{name}.png") as path:
+            figure.savefig(path, format="png")
     # Last, for it says that the run is finished.
     runs.write_json(workdir / "evaluation.json", evaluation)
     return evaluation

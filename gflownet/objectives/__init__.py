@@ -35,6 +35,7 @@ from gflownet.objectives.modified_detailed_balance import (
     modified_detailed_balance_residuals,
 )
 from gflownet.objectives.path_consistency import path_consistency, path_consistency_residuals
+from gflownet.objectives.proposals import Proposals, diffusion_proposals, flow_proposals
 from gflownet.objectives.relative_trajectory_balance import (
     relative_trajectory_balance,
     relative_trajectory_balance_residual,
@@ -61,6 +62,7 @@ from gflownet.objectives.trajectory_likelihood import backward_likelihood, traje
 __all__ = [
     "FlowBatch",
     "FlowNegatives",
+    "Proposals",
     "ResidualLoss",
     "TargetState",
     "backward_likelihood",
@@ -68,11 +70,13 @@ __all__ = [
     "decomposed_residuals",
     "detailed_balance",
     "detailed_balance_residuals",
+    "diffusion_proposals",
     "energy_based_flow",
     "flow_matching",
     "flow_matching_residuals",
     "flow_negatives",
     "flow_objective",
+    "flow_proposals",
     "forward_kullback_leibler",
     "forward_looking",
     "forward_looking_detailed_balance",

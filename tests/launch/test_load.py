@@ -13,12 +13,14 @@ from command_lines import ROOT
 import ebjax
 import gflownet
 from ebjax.energies import targets
-from ebjax.evaluation import grid_figures, grid_law
+from ebjax.evaluation import cell_total_variation, grid_figures, grid_law
 from ebjax.loading import find_recipe
 from ebjax.training import init_state
+from gflownet.recipes.learned_target import learned_target
 from launch import train
 
 SMALL = {
+    "composition": {"hidden_features": (8,), "num_noise_levels": 5, "sampler": "annealed"},
     "density": {"hidden_features": (8,), "sample_steps": 20, "num_frequencies": 4},
     "digits": {"hidden_features": (8,), "sample_steps": 10, "chains_per_example": 1},
     "images": {"features": (8,), "sample_steps": 10, "chains_per_example": 1},
@@ -34,6 +36,7 @@ SMALL = {
 }
 # The samples that ``draw`` makes one of, and the energies that samples have beside them.
 DRAWN = {
+    "composition": ("positions", "energies"),
     "density": ("positions", "energies"),
     "digits": ("images", "energies"),
     "images": ("images", "energies"),
@@ -156,6 +159,40 @@ def test_a_loaded_energy_has_the_law_that_was_judged(density):
     np.testing.assert_allclose(
         jax.vmap(energy.draw, (0, None))(keys, energy.params), drawn, rtol=1e-4, atol=1e-4
     )
+
+
+def test_a_learned_energy_is_the_target_of_a_sampler(density):
+    """Energy, log Z and draws are those of the run's law by quadrature."""
+    run = find_recipe("diffusion")
+    config = run.config(
+        target="learned", energy_workdir=str(density), num_evaluated=500, **SMALL["diffusion"]
+    )
+    target, variance, law = learned_target(str(density))
+    energy = ebjax.load(density)
+    x = jnp.array([0.3, -1.0])
+    assert float(target.energy((), x)) == float(energy.energy_fn(energy.params, x))
+    box = (float(law.axes[0][0]), float(law.axes[0][-1]))
+    other = grid_law(energy.energy_fn, energy.params, bounds=box, num_points=101)
+    assert target.log_z == pytest.approx(other.log_z, abs=1e-3)
+    draws = np.asarray(jax.vmap(target.sample)(jax.random.split(jax.random.key(0), 4000)))
+    distance = cell_total_variation(draws, law)
+    assert distance.total_variation < 1.5 * distance.of_exact_draws
+    assert cell_total_variation(draws + 0.5, law).total_variation > 3 * distance.of_exact_draws
+    assert 0.5 < variance / np.square(draws).mean() < 2.0
+    built_run = run.build(config)
+    figures = built_run.evaluate(jax.random.key(1), init_state(built_run, config))
+    assert figures["elbo"] + figures["elbo_gap"] == pytest.approx(target.log_z, abs=1e-4)
+    assert figures["eubo_gap"] > 0.0
+    assert figures["total_variation"] > figures["total_variation_of_exact_draws"]
+
+
+def test_a_learned_target_that_cannot_be_is_one_sentence(tmp_path, finished):
+    with pytest.raises(ValueError, match="holds no run"):
+        learned_target(str(tmp_path))
+    with pytest.raises(ValueError, match="learns no energy"):
+        learned_target(str(finished))
+    with pytest.raises(ValueError, match="energy_workdir"):
+        find_recipe("diffusion").config(target="learned")
 
 
 def test_a_loaded_flow_has_the_law_that_was_judged(finished):

@@ -1,8 +1,6 @@
-"""A run that is killed or stopped at any moment goes on as if it had not been, bit for bit."""
+"""A run that is stopped, or finds no room to write, goes on as if it had not, bit for bit."""
 
-import random
 import signal
-import time
 
 import pytest
 from command_lines import (
@@ -34,59 +32,6 @@ def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
     run("train", *_long_run(folder), "--workdir=run", cwd=folder)
     return folder / "run"
-
-
-def _kill_at_random_moments(folder, workdir, num_kills, seed):
-    rng = random.Random(seed)
-    metrics = workdir / "metrics.jsonl"
-    for _ in range(num_kills):
-        process = start("train", *_long_run(folder), f"--workdir={workdir}", cwd=folder)
-        # Some lines further than the newest checkpoint can be, then any moment.
-        target = num_lines(metrics) + rng.randint(1, 12)
-        wait_for(lambda target=target: num_lines(metrics) >= min(target, 115), process)
-        time.sleep(rng.uniform(0, 0.1))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-    run("train", *_long_run(folder), f"--workdir={workdir}", cwd=folder)
-
-
-def test_sigkill_at_arbitrary_moments(uninterrupted, tmp_path):
-    _kill_at_random_moments(tmp_path, tmp_path / "run", num_kills=4, seed=1)
-    _same(tmp_path / "run", uninterrupted)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2, 6))
-def test_sigkill_many_times(uninterrupted, tmp_path, seed):
-    _kill_at_random_moments(tmp_path, tmp_path / "run", num_kills=10, seed=seed)
-    _same(tmp_path / "run", uninterrupted)
-
-
-def test_sigkill_of_a_flow(finished, tmp_path):
-    """The recipe with everything: two optimizers, a decaying exploration, a judged checkpoint."""
-    workdir = tmp_path / "grid"
-    train = ("train", *TINY, f"--workdir={workdir}")
-    for lines in (3, 7):
-        process = start(*train, cwd=tmp_path)
-        wait_for(lambda lines=lines: num_lines(workdir / "metrics.jsonl") >= lines, process)
-        process.kill()
-        process.communicate()
-    run(*train, cwd=tmp_path)
-    _same(workdir, finished)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("delay", [0.5, 1.0, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0])
-def test_sigkill_after_a_time(finished, tmp_path, delay):
-    """Kills while the command starts and while it ends, too."""
-    workdir = tmp_path / "grid"
-    process = start("train", *TINY, f"--workdir={workdir}", cwd=tmp_path)
-    time.sleep(delay)
-    process.kill()
-    process.communicate()
-    run("train", *TINY, f"--workdir={workdir}", cwd=tmp_path)
-    _same(workdir, finished)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -20,7 +20,6 @@ With --together one program of this process trains all seeds of a setting.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import functools
 import itertools
@@ -28,12 +27,10 @@ import math
 import re
 import statistics
 import sys
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 from rich.console import Console
@@ -42,13 +39,12 @@ from rich.table import Table
 from ebjax.training import read_metrics
 from ebjax.types import Recipe
 from launch import command, runs
+from launch.axes import Axis, draw, read_axes, split_axes
 from launch.runs import UserError, read_figures
 from launch.schedule import Job, Outcome, flags_of, mean_and_deviation, run_jobs
 from launch.together import train_together
 
 __all__ = ["main", "points_of"]
-
-_AXIS = re.compile(r"--?(grid|uniform|log_uniform)\.(\w+)(?:=(.*))?", re.DOTALL)
 
 FLAGS = flags.FlagValues()
 command.define_config(FLAGS)
@@ -78,71 +74,6 @@ flags.DEFINE_string(
 )
 
 
-class Axis(NamedTuple):
-    """A field that varies: how (``grid``, ``uniform``, ``log_uniform``), and its values or ends."""
-
-    kind: str
-    name: str
-    values: tuple[Any, ...]
-
-
-def _split_axes(argv: Sequence[str]) -> tuple[list[tuple[str, str, str]], list[str]]:
-    """``(kind, field, text)`` of the flags that name an axis, and the other arguments."""
-    axes, others = [], []
-    rest = iter(argv)
-    for arg in rest:
-        match = _AXIS.fullmatch(arg)
-        if match is None:
-            others.append(arg)
-        else:
-            axes.append((match[1], match[2], next(rest, "") if match[3] is None else match[3]))
-    return axes, others
-
-
-def _read_value(flag: str, text: str, like: Any) -> Any:
-    """A value of the type of ``like``."""
-    kind = type(like)
-    try:
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
-        if kind is tuple:
-            value = ast.literal_eval(text)
-            if not isinstance(value, tuple):
-                raise ValueError
-            return value
-        return kind(text)
-    except (KeyError, SyntaxError, ValueError):
-        raise UserError(f"{flag} has {text!r}; it must be of type {kind.__name__}.") from None
-
-
-def _read_axes(texts: Sequence[tuple[str, str, str]], config: ConfigDict) -> list[Axis]:
-    """Checks the axes of a command line against the config."""
-    axes: list[Axis] = []
-    for kind, name, text in texts:
-        flag = f"{kind}.{name}"
-        if name == "seed":
-            raise UserError(f"{flag} is {text!r}; give --seeds, how many seeds each setting has.")
-        if name not in config or name == "recipe":
-            known = ", ".join(field for field in config if field not in ("recipe", "seed"))
-            raise UserError(f"{flag} is {text!r}, but config has no such field; it has {known}.")
-        if name in [axis.name for axis in axes]:
-            raise UserError(f"{flag} is {text!r}, but {name} varies already; give it once.")
-        # Not at the commas of a tuple.
-        parts = [part.strip() for part in re.split(r",(?![^(]*\))", text)]
-        values = tuple(_read_value(flag, part, config[name]) for part in parts)
-        if kind != "grid":
-            is_range = len(values) == 2 and type(values[0]) in (int, float)
-            least = 0 if kind == "log_uniform" else -math.inf
-            if not (is_range and least < values[0] < values[1] < math.inf):
-                above = "above 0 " if kind == "log_uniform" else ""
-                raise UserError(
-                    f"{flag} is {text!r}; it must be two numbers {above}with a comma between, the "
-                    "lower one first."
-                )
-        axes.append(Axis(kind, name, tuple(dict.fromkeys(values))))
-    return axes
-
-
 def points_of(axes: Sequence[Axis], *, trials: int, seed: int) -> list[dict[str, Any]]:
     """The settings of a sweep: each draw of the random fields with each point of the grid.
 
@@ -154,26 +85,10 @@ def points_of(axes: Sequence[Axis], *, trials: int, seed: int) -> list[dict[str,
     random = [axis for axis in axes if axis.kind != "grid"]
     grid = [[(axis.name, value) for value in axis.values] for axis in axes if axis.kind == "grid"]
     draws = [
-        {axis.name: _draw(axis, trial, seed) for axis in random}
+        {axis.name: draw(axis, trial, seed) for axis in random}
         for trial in range(trials if random else 1)
     ]
     return [{**dict(point), **draw} for draw in draws for point in itertools.product(*grid)]
-
-
-def _draw(axis: Axis, trial: int, seed: int) -> Any:
-    generator = np.random.default_rng([seed, trial, zlib.crc32(axis.name.encode())])
-    low, high = axis.values
-    is_whole = isinstance(low, int)
-    if axis.kind == "log_uniform":
-        # Whole numbers are rounded, and the ends have as much room as the others.
-        room = 0.5 if is_whole else 0.0
-        value = math.exp(generator.uniform(math.log(low - room), math.log(high + room)))
-    elif is_whole:
-        value = generator.integers(low, high + 1)
-    else:
-        value = generator.uniform(low, high)
-    value = round(value) if is_whole else float(f"{value:.3g}")
-    return min(max(value, low), high)
 
 
 def _name_of(point: Mapping[str, Any]) -> str:
@@ -303,7 +218,7 @@ def _run(flag_values: flags.FlagValues, texts: Sequence[tuple[str, str, str]]) -
         value: Any = flag_values[name].value
         if value < minimum:
             raise UserError(f"{name} is {value}; it must be at least {minimum}.")
-    axes = _read_axes(texts, config)
+    axes = read_axes(texts, config)
     if not axes and flag_values.seeds == 1:
         raise UserError(
             "nothing varies; give --grid.FIELD=A,B or another of the flags that --help names."
@@ -352,7 +267,7 @@ COMMAND = command.Command(
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    axes, others = _split_axes(sys.argv if argv is None else argv)
+    axes, others = split_axes(sys.argv if argv is None else argv)
     run = functools.partial(_run, texts=axes)
     command.main(dataclasses.replace(COMMAND, run=run), others)
 

@@ -11,6 +11,14 @@ from ebjax.training.optimizer import (
     by_group,
     learning_rate_schedule,
 )
+from ebjax.training.population import (
+    Population,
+    Range,
+    hypervolume,
+    non_dominated,
+    rank_members,
+    train_population,
+)
 from ebjax.training.seeds import train_seeds
 from ebjax.training.update import initial_state, make_update, make_update_many
 
@@ -19,6 +27,8 @@ __all__ = [
     "Checkpointer",
     "DivergenceError",
     "MetricsWriter",
+    "Population",
+    "Range",
     "ScheduleConfig",
     "TrainResult",
     "TrainingConfig",
@@ -27,13 +37,17 @@ __all__ = [
     "check_at_least",
     "check_between",
     "choose_devices",
+    "hypervolume",
     "init_state",
     "initial_state",
     "learning_rate_schedule",
     "make_update",
     "make_update_many",
+    "non_dominated",
+    "rank_members",
     "read_metrics",
     "setting",
     "train",
+    "train_population",
     "train_seeds",
 ]

@@ -19,7 +19,7 @@ def learning_rate_schedule(
     """Linear warm-up to ``peak``, then cosine decay to ``final_fraction * peak``.
 
     Args:
-      peak: the largest learning rate.
+      peak: the largest learning rate; may be traced.
       warmup_steps: steps of linear increase from 0; 0 starts at ``peak``.
       decay_steps: the step at which the decay ends, counted from the start; 0 keeps ``peak``.
       final_fraction: what is left of ``peak`` at the end, in [0, 1].
@@ -32,14 +32,13 @@ def learning_rate_schedule(
             f"learning_rate_decay_steps is {decay_steps}; it must be 0 or more than the "
             f"{warmup_steps} steps of warm-up."
         )
+    after = optax.constant_schedule(peak)
     if decay_steps:
-        start = 0.0 if warmup_steps else peak
-        return optax.warmup_cosine_decay_schedule(
-            start, peak, warmup_steps, decay_steps, end_value=final_fraction * peak
-        )
-    if warmup_steps:
-        return optax.linear_schedule(0.0, peak, warmup_steps)
-    return optax.constant_schedule(peak)
+        after = optax.cosine_decay_schedule(peak, decay_steps - warmup_steps, final_fraction)
+    if not warmup_steps:
+        return after
+    rise = optax.linear_schedule(0.0, peak, warmup_steps)
+    return optax.join_schedules([rise, after], [warmup_steps])
 
 
 def adam(

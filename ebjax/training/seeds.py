@@ -20,7 +20,7 @@ from ebjax.training.loop import init_state, is_save_step, next_call_end
 from ebjax.training.update import make_update, make_update_many
 from ebjax.types import Run, TrainState
 
-__all__ = ["train_seeds"]
+__all__ = ["stacked_states", "train_seeds", "unstacked_states"]
 
 
 def train_seeds(
@@ -76,7 +76,7 @@ def train_seeds(
     if len(steps) != 1:
         raise ValueError(f"initial has states at the steps {steps}; they must be at one step.")
     step = steps[0]
-    states = _stacked(initial)
+    states = stacked_states(initial)
     replicated, split = program.place(states._replace(carry=()), states.carry)
     arrays = program.place_constant(run.source.arrays)
     is_good = np.ones(len(configs), bool)
@@ -84,7 +84,7 @@ def train_seeds(
 
     def collect() -> list[TrainState]:
         state, carry = program.collect(replicated, split)
-        return _unstacked(state._replace(carry=carry), len(configs))
+        return unstacked_states(state._replace(carry=carry), len(configs))
 
     while step < config.num_steps and not stopping and is_good.any():
         end = next_call_end(config, step)
@@ -122,12 +122,14 @@ def _common(configs: Sequence[TrainingConfig]) -> TrainingConfig:
     return configs[0]
 
 
-def _stacked(states: Sequence[TrainState]) -> TrainState:
+def stacked_states(states: Sequence[TrainState]) -> TrainState:
     """One state with a leading axis of seeds."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
 
-def _unstacked(states: TrainState, num: int) -> list[TrainState]:
+def unstacked_states(states: TrainState, num: int) -> list[TrainState]:
+    """The states of a stacked one, on the host."""
+
     def take(leaf, i):
         return leaf[i] if is_key(leaf) else np.asarray(leaf[i])
 

@@ -22,7 +22,8 @@ from command_lines import (
 
 from ebjax.training import read_metrics
 from launch import schedule, sweep, together, train
-from launch.sweep import Axis, points_of
+from launch.axes import Axis
+from launch.sweep import points_of
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from gflownet import (
     policies,
     replay,
     sampling,
+    thompson,
 )
 from gflownet.distributions import MaskedCategorical
 from gflownet.loading import load
@@ -38,4 +39,5 @@ __all__ = [
     "replay",
     "sampling",
     "score",
+    "thompson",
 ]

@@ -301,6 +301,19 @@ def join_slots(parts: Sequence[PyTree], counts: Sequence[int], axis: int = 0) ->
 _BATCH_FIRST = ("terminal", "log_reward")
 
 
+def map_trajectories(fn: Callable[[jax.Array, int], jax.Array], trajectories: Trajectories):
+    """``fn(array, axis)`` of every array, with the axis on which the trajectories stand."""
+    return Trajectories(
+        **{
+            name: jax.tree.map(
+                lambda leaf, axis=0 if name in _BATCH_FIRST else 1: fn(leaf, axis),
+                getattr(trajectories, name),
+            )
+            for name in Trajectories._fields
+        }
+    )
+
+
 def split_trajectories(trajectories: Trajectories, counts: Sequence[int]) -> list[Trajectories]:
     """``split_slots`` of trajectories."""
     fields = {

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from gflownet.distributions import MaskedCategorical
 from gflownet.distributions_continuous import BetaMixture, ChartedLaw, UnitLaw, VonMisesMixture
-from gflownet.policies.networks import _MLPHeads, check_backward
+from gflownet.policies.networks import MLPHeads, check_backward
 from gflownet.types import Policy, PolicyOutput
 
 __all__ = ["MIXTURE_FAMILIES", "mixture_policy"]
@@ -77,7 +77,7 @@ def mixture_policy(
     mixture_shape = (3, value_dim, num_components)
     per_direction = num_actions + math.prod(mixture_shape)
     num_directions = 2 if is_learned else 1
-    module = _MLPHeads(tuple(features), num_directions * per_direction + with_flow, activation)
+    module = MLPHeads(tuple(features), num_directions * per_direction + with_flow, activation)
 
     def laws(outputs) -> tuple[jax.Array, UnitLaw]:
         numbers = outputs[num_actions:].reshape(mixture_shape)

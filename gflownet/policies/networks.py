@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from gflownet.distributions import MaskedCategorical
 from gflownet.types import Policy, PolicyOutput
 
-__all__ = ["check_backward", "masked_output", "mlp_policy"]
+__all__ = ["MLPHeads", "check_backward", "masked_output", "mlp_policy"]
 
 
 def check_backward(backward: str) -> bool:
@@ -43,13 +43,16 @@ def masked_output(
     )
 
 
-class _MLPHeads(nn.Module):
+class MLPHeads(nn.Module):
+    """A perceptron on the flattened observation; its outputs [N] are heads, one after the other."""
+
     features: tuple[int, ...]
     num_outputs: int
     activation: Callable[[jax.Array], jax.Array]
 
     @nn.compact
     def __call__(self, x):
+        """The outputs [N] of an observation."""
         x = jnp.ravel(x)
         for width in self.features:
             x = self.activation(nn.Dense(width)(x))
@@ -79,7 +82,7 @@ def mlp_policy(
     """
     num_directions = 1 + check_backward(backward)
     num_logits = num_actions * num_directions
-    module = _MLPHeads(tuple(features), num_logits + with_flow, activation)
+    module = MLPHeads(tuple(features), num_logits + with_flow, activation)
 
     def init(key, observation):
         return module.init(key, observation)["params"]

@@ -89,7 +89,8 @@ def _ranges(texts: Sequence[tuple[str, str, str]], config: Any) -> dict[str, Ran
                 f"{axis.kind}.{axis.name} cannot vary within one program; give uniform or "
                 "log_uniform ranges of real numbers."
             )
-        ranges[axis.name] = Range(*axis.values, is_log=axis.kind == "log_uniform")
+        low, high = axis.values
+        ranges[axis.name] = Range(low, high, is_log=axis.kind == "log_uniform")
     return ranges
 
 
@@ -172,7 +173,7 @@ def _restored(
 
 def _lineage(rounds: Sequence[Mapping[str, Any]], member: int) -> list[dict[str, float]]:
     """Settings and figures of a member and of those it descends from, round by round."""
-    rows = []
+    rows: list[dict[str, float]] = []
     for entry in reversed(rounds):
         if rows:
             member = entry["parents"][member]

@@ -267,7 +267,9 @@ def build(config: CompositionConfig) -> Run:
         """The composition of the true laws, without noise."""
 
         def of(law: Target):
-            return lambda params, x, level: law.energy((), x) + law.log_z
+            assert law.log_z is not None  # every law here has one
+            log_z = law.log_z
+            return lambda params, x, level: law.energy((), x) + log_z
 
         energy_fn, _ = _compose(config, of(laws["first"]), of(laws["second"]))
         return grid(lambda params, x: energy_fn(((), ()), x, 0.0), ())

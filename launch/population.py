@@ -26,7 +26,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
@@ -44,7 +44,7 @@ from ebjax.training import (
     train_population,
 )
 from ebjax.training.seeds import stacked_states, unstacked_states
-from ebjax.types import Recipe
+from ebjax.types import Recipe, Run
 from launch import command, runs
 from launch.axes import read_axes, split_axes
 from launch.runs import UserError
@@ -140,7 +140,7 @@ def _read_rounds(path: Path, about: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _restored(
-    checkpointer: Checkpointer, run: Any, config: TrainingConfig, rounds: list, num_members: int
+    checkpointer: Checkpointer, run: Run, config: TrainingConfig, rounds: list, num_members: int
 ) -> tuple[Population | None, list[dict[str, Any]]]:
     """Where an earlier call was, and its rounds up to there."""
     steps = [entry["step"] for entry in rounds]
@@ -227,7 +227,19 @@ def _print_table(
     console.print("* kept, as member-NUMBER")
 
 
-def _run(flag_values: flags.FlagValues, texts: Sequence[tuple[str, str, str]]) -> int:
+class _Call(NamedTuple):
+    """What was asked for, checked."""
+
+    folder: Path
+    recipe: Recipe
+    config: TrainingConfig
+    settings: dict[str, Any]
+    ranges: dict[str, Range]
+    figures: list[tuple[str, float]]
+    about: dict[str, Any]
+
+
+def _checked(flag_values: flags.FlagValues, texts: Sequence[tuple[str, str, str]]) -> _Call:
     settings = flag_values.config
     if settings is None:
         raise UserError(
@@ -239,18 +251,16 @@ def _run(flag_values: flags.FlagValues, texts: Sequence[tuple[str, str, str]]) -
     folder = runs.find_workdir(flag_values.workdir)
     recipe = runs.find_recipe(settings.recipe, flag_values.recipe_module)
     config = runs.make_config(recipe, settings.to_dict())
-    try:
-        run = recipe.build(config)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    names = _names(flag_values.metrics) or [run.monitor_name or ""]
-    if names == [""]:
-        raise UserError("--metrics is missing; this recipe does not say what makes a run good.")
+    names = _names(flag_values.metrics)
+    if not names:
+        monitored = _built(recipe, config).monitor_name
+        if monitored is None:
+            raise UserError("--metrics is missing; this recipe does not say what makes a run good.")
+        names = [monitored]
     maximized = _names(flag_values.maximize)
     for name in maximized:
         if name not in names:
             raise UserError(f"maximize is {name!r}; it must be of the metrics {', '.join(names)}.")
-    signs = np.array([-1.0 if name in maximized else 1.0 for name in names])
     about = {
         "settings": {"recipe": settings.recipe, **dataclasses.asdict(config)},
         "ranges": {name: list(each) for name, each in ranges.items()},
@@ -260,22 +270,43 @@ def _run(flag_values: flags.FlagValues, texts: Sequence[tuple[str, str, str]]) -
         "metrics": names,
         "maximize": maximized,
     }
-    folder.mkdir(parents=True, exist_ok=True)
+    figures = [(name, -1.0 if name in maximized else 1.0) for name in names]
+    return _Call(folder, recipe, config, settings.to_dict(), ranges, figures, about)
+
+
+def _built(recipe: Recipe, config: TrainingConfig) -> Run:
+    try:
+        return recipe.build(config)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _run(flag_values: flags.FlagValues, texts: Sequence[tuple[str, str, str]]) -> int:
+    call = _checked(flag_values, texts)
+    with runs.lock_workdir(call.folder):
+        return _train(call, flag_values)
+
+
+def _train(call: _Call, flag_values: flags.FlagValues) -> int:
+    """Trains from where an earlier call was, and keeps the best."""
+    folder, recipe, config, num_members = call.folder, call.recipe, call.config, flag_values.members
+    names = [name for name, _ in call.figures]
+    signs = np.array([sign for _, sign in call.figures])
     path = folder / "population.json"
-    rounds = _read_rounds(path, about)
+    rounds = _read_rounds(path, call.about)
     console = Console(width=None if sys.stdout.isatty() else 160)
     checkpointer = Checkpointer(folder / "checkpoints", config=dataclasses.asdict(config))
-    initial, rounds = _restored(checkpointer, run, config, rounds, flag_values.members)
+    initial, rounds = _restored(checkpointer, _built(recipe, config), config, rounds, num_members)
     checkpointer.set_aside(0 if initial is None else initial.step)
 
     def on_round(number: int, population: Population) -> None:
         rounds.append(_entry(number, population, names))
         # The file first: a state without its settings cannot go on.
-        runs.write_json(path, {**about, "rounds": rounds})
+        runs.write_json(path, {**call.about, "rounds": rounds})
         checkpointer.save(population.step, stacked_states(population.states), {})
         best = np.nanmin(population.scores * signs, axis=0) * signs
         told = "  ".join(f"{name} {value:.4g}" for name, value in zip(names, best, strict=True))
-        num_copied = int(np.sum(population.parents != np.arange(flag_values.members)))
+        num_copied = int(np.sum(population.parents != np.arange(num_members)))
         console.print(
             f"round {number}/{flag_values.rounds}, step {population.step}: best {told}, "
             f"{num_copied} replaced",
@@ -288,10 +319,10 @@ def _run(flag_values: flags.FlagValues, texts: Sequence[tuple[str, str, str]]) -
             population = train_population(
                 recipe,
                 config,
-                ranges,
-                num_members=flag_values.members,
+                call.ranges,
+                num_members=num_members,
                 num_rounds=flag_values.rounds,
-                figures=list(zip(names, signs.tolist(), strict=True)),
+                figures=call.figures,
                 quantile=flag_values.quantile,
                 initial=initial,
                 on_round=on_round,
@@ -306,15 +337,7 @@ def _run(flag_values: flags.FlagValues, texts: Sequence[tuple[str, str, str]]) -
     front = non_dominated(population.scores * signs)
     _print_table(population, names, front, console)
     for member in np.flatnonzero(front).tolist():
-        _keep(
-            folder,
-            member,
-            rounds,
-            population,
-            recipe,
-            settings.to_dict(),
-            flag_values.recipe_module,
-        )
+        _keep(folder, member, rounds, population, recipe, call.settings, flag_values.recipe_module)
     return 0
 
 

@@ -57,6 +57,7 @@ __all__ = ["StopSignal", "finish", "main"]
 T = TypeVar("T")
 
 _CONNECT_SECONDS = 300.0  # as long as JAX waits for the other processes
+_HEARTBEAT_SECONDS = 20  # without a sign of another process it counts as lost
 
 FLAGS = flags.FlagValues()
 command.define_config(FLAGS)
@@ -94,7 +95,9 @@ def _use_devices(flag_values: flags.FlagValues) -> None:
         if index > 0:
             _wait_for_coordinator(address)
         try:
-            jax.distributed.initialize(address, count, index)
+            jax.distributed.initialize(
+                address, count, index, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS
+            )
         except RuntimeError as error:
             raise UserError(
                 f"coordinator_address is {address!r}; the {count} processes do not find each other "

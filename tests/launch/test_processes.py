@@ -3,6 +3,7 @@
 import shutil
 import signal
 import socket
+import time
 
 import jax
 import numpy as np
@@ -129,3 +130,27 @@ def test_a_bad_loss_ends_both(tmp_path):
     for _, err in finish_pair(start_pair(*args, cwd=tmp_path), code=1):
         assert "not finite at step 27" in err
         assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_that_is_lost_ends_the_other_and_the_pair_goes_on(tmp_path, killed):
+    workdir = tmp_path / "run"
+    args = [*own_recipe(tmp_path), "--config.break_at=-1", f"--workdir={workdir}"]
+    pair = start_pair(*args, "--config.num_steps=200000", cwd=tmp_path)
+    wait_for(lambda: num_lines(workdir / "metrics.jsonl") >= 5, pair[0])
+    pair[killed].kill()
+    other = pair[1 - killed]
+    started = time.monotonic()
+    try:
+        _, err = other.communicate(timeout=100)
+    finally:
+        other.kill()
+    assert time.monotonic() - started < 60
+    assert other.returncode != 0
+    # Where JAX notices first, at a barrier or without its process 0, the words are its own.
+    assert "another process has ended" in err or "another task died" in err
+    assert "Traceback" not in err
+    step = Checkpointer(workdir / "checkpoints", read_only=True).steps()[-1]
+    end = f"--config.num_steps={step + 10}"
+    (out, _), _ = finish_pair(start_pair(*args, end, cwd=tmp_path))
+    assert f"going on from step {step}" in out

@@ -1,7 +1,10 @@
 """Checkpoints: what is kept, what is skipped, what is refused, and nothing lost on the way."""
 
+import contextlib
 import logging
+import resource
 import shutil
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from ebjax.training import Checkpointer
+from ebjax.training import Checkpointer, checkpoint
 
 # tensorstore finishes reads of damaged files after their event loop is gone.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -192,3 +195,88 @@ def test_checkpoints_that_are_not_judged_are_never_the_best(tmp_path):
     assert checkpointer.steps() == [3]
     assert checkpointer.best_step("score") is None
     checkpointer.close()
+
+
+class OldState(NamedTuple):
+    step: Any
+    params: Any
+
+
+class NewState(NamedTuple):
+    step: Any
+    params: Any
+    rollbacks: Any
+
+
+def test_a_state_of_an_older_version_takes_what_it_lacks_from_a_new_one(tmp_path):
+    save(tmp_path / "c", steps=[4], state=OldState(np.int32(4), PARAMS))
+    new = NewState(np.int32(0), jax.tree.map(jnp.zeros_like, PARAMS), jnp.int32(7))
+    step, state = Checkpointer(tmp_path / "c", read_only=True).restore(new)
+    assert step == 4
+    assert state._fields == NewState._fields
+    assert (int(state.step), int(state.rollbacks)) == (4, 7)
+    for expected, found in zip(jax.tree.leaves(PARAMS), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_array_equal(expected, found)
+
+
+def test_other_differences_of_versions_are_a_sentence_and_no_damage(tmp_path, monkeypatch, caplog):
+    own = checkpoint.library_versions()
+    monkeypatch.setattr(checkpoint, "library_versions", lambda: own | {"ebjax": "0.0.7"})
+    save(tmp_path / "c", steps=[4], state=OldState(np.int32(4), {"weights": np.zeros(2)}))
+    monkeypatch.undo()
+    before = snapshot(tmp_path)
+    reader = Checkpointer(tmp_path / "c", read_only=True)
+    ending = rf"\(saved by ebjax 0\.0\.7, this is {own['ebjax']}\)\.$"
+    like = NewState(np.int32(0), {"kernel": np.zeros(2)}, np.int32(0))
+    with pytest.raises(ValueError, match=r"does not hold params\.kernel, which .*" + ending):
+        reader.restore(like)
+    # Only what was added is taken from elsewhere.
+    with pytest.raises(ValueError, match=r"does not hold params, which .*" + ending):
+        reader.restore(NewState(np.int32(0), np.zeros(2), np.int32(0)))
+    assert "skipped" not in caplog.text
+    assert snapshot(tmp_path) == before
+
+
+def test_a_reader_follows_a_run_that_replaces_its_checkpoints(tmp_path, caplog):
+    state = {"x": np.arange(3.0)}
+    writer = Checkpointer(tmp_path / "c", keep_last=2)
+    for step in (1, 2):
+        writer.save(step, state)
+    writer.wait()
+    reader = Checkpointer(tmp_path / "c", read_only=True)
+    assert reader.steps() == [1, 2]
+    for step in (3, 4):
+        writer.save(step, state)
+    writer.close()
+    step, found = reader.restore(state)
+    assert step == 4
+    np.testing.assert_array_equal(found["x"], state["x"])
+    assert caplog.text == ""
+    with pytest.raises(ValueError, match=r"The checkpoint 1 in .* cannot be read"):
+        reader.restore(state, 1)
+
+
+def _save_and_wait(checkpointer, step, state):
+    checkpointer.save(step, state)
+    checkpointer.wait()
+
+
+@pytest.mark.parametrize("limit", [100, 20_000])  # the description, the arrays
+def test_a_checkpoint_that_finds_no_room_is_an_error_and_costs_no_other(tmp_path, limit):
+    big = {"x": np.random.default_rng(1).normal(size=(100, 100))}
+    checkpointer = Checkpointer(tmp_path / "c", keep_last=3)
+    checkpointer.save(1, big)
+    checkpointer.wait()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"checkpoint in .* not be written .*File too large"):
+            _save_and_wait(checkpointer, 2, big)
+        with contextlib.suppress(OSError):  # said already
+            checkpointer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert Checkpointer(tmp_path / "c", read_only=True).restore(big)[0] == 1
+    save(tmp_path / "c", steps=[2], state=big)
+    assert Checkpointer(tmp_path / "c", read_only=True).steps() == [1, 2]
+    assert not list((tmp_path / "c").glob("*tmp*"))

@@ -282,8 +282,8 @@ def _run(flag_values: flags.FlagValues) -> int:
     drill = _Drill(folder, num_steps=100 + 40 * num_kills, moments=random.Random(seed))
     try:
         _print_table(console, _drill(drill, num_kills, console))
-    except _ViolationError as violation:
-        drill.violations.append(str(violation))
+    except _ViolationError as error:
+        drill.violations.append(str(error))
     for violation in drill.violations:
         print(f"{COMMAND.name}: {violation}", file=sys.stderr)
     if drill.violations:

@@ -256,6 +256,26 @@ def _flow_objectives() -> Table:
     )
 
 
+def _environments() -> Table:
+    """The objectives that fit all, where the law of the flow is known exactly or by its density."""
+    sizes: dict[str, dict[str, Any]] = {
+        "hypergrid": {"dim": 4, "side": 6, "reward_floor": 0.1, "num_steps": 2000},
+        "dags": {"num_steps": 2000},
+        "phylogeny": {"num_steps": 1000},
+        "continuous": {"num_steps": 1000},
+    }
+    return Table(
+        "Objectives by environments: Jensen-Shannon divergence of the flow from its target",
+        tuple(
+            Row(f"{config}-{objective}", config, {"objective": objective, **size})
+            for config, size in sizes.items()
+            for objective in ("tb", "vargrad", "db", "subtb")
+        ),
+        ("jensen_shannon", "log_z_error"),
+        seeds=2,
+    )
+
+
 def _exploration() -> Table:
     """64,000 rewards each: replayed trajectories cost none, revised objects one each."""
     grid = {"side": 20, "reward_floor": 1e-4, "num_steps": 4000, "epsilon_decay_steps": 0}
@@ -335,6 +355,7 @@ TABLES = {
     "jem": _jem(),
     "diffusion": _diffusion(),
     "eb_gfn": _eb_gfn(),
+    "environments": _environments(),
     "exploration": _exploration(),
     "flow_objectives": _flow_objectives(),
     "objectives_2d": _objectives_2d(),

@@ -209,7 +209,10 @@ def _load_config(argv: list[str]) -> ConfigDict | None:
     except UserError:
         raise
     except Exception as error:  # The file is the user's Python.
-        text = f"{type(error).__name__}: {error}"
+        # Some errors bring the whole traceback along; its last line says what is wrong.
+        said = str(error).strip()
+        said = said.splitlines()[-1] if "Traceback" in said else said
+        text = f"{type(error).__name__}: {said}"
         raise UserError(f"{given[-1][2:]} cannot be loaded ({text}).") from None
     if given and not isinstance(values.config, ConfigDict):
         raise UserError(

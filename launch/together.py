@@ -6,6 +6,7 @@ What it leaves are ordinary run directories. A seed that diverged has no figures
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 
@@ -43,6 +44,19 @@ def train_together(
         )
     if len(plans) < 2:
         return False
+    with contextlib.ExitStack() as held:
+        for plan in plans:
+            held.enter_context(runs.lock_workdir(plan.path))
+        return _train(plans, recipe, recipe_name, recipe_module, console)
+
+
+def _train(
+    plans: Sequence[runs.WorkdirPlan],
+    recipe: Recipe,
+    recipe_name: str,
+    recipe_module: str | None,
+    console: Console,
+) -> bool:
     configs = [plan.config for plan in plans]
     try:
         run = recipe.build(configs[0])

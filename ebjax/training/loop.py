@@ -151,17 +151,17 @@ def train(
         if on_log is not None and (is_save_step(config, end) or end % config.log_every == 0):
             on_log(end, metrics, clock.rate(end))
 
-    def save(end: int, metrics: dict[str, float], judge: bool) -> dict[str, float]:
-        """Judges and saves the state; the metrics with the judgement."""
+    def save(end: int, metrics: dict[str, float], judge: bool) -> None:
+        """Judges, logs and saves the state, in this order: a state that is saved is logged."""
         nonlocal good
         good = _collected(program, replicated, split)
         judgement = {}
         if judge and run.monitor is not None:
             key = jax.random.fold_in(jax.random.key(config.seed), end)
             judgement = run.monitor(key, good)
+        report(end, metrics | judgement)
         if checkpointer is not None:
             checkpointer.save(end, good, judgement)
-        return metrics | judgement
 
     def roll_back(error: DivergenceError) -> TrainState:
         """The last good state with one more rollback, or the error if there were too many."""
@@ -192,7 +192,7 @@ def train(
             if stopping or is_save_step(config, step):
                 # What is saved must be good, so here the host waits.
                 metrics, unread = fetch(device_metrics), None
-                report(step, save(step, metrics, judge=is_save_step(config, step)))
+                save(step, metrics, judge=is_save_step(config, step))
         except DivergenceError as error:
             good, unread = roll_back(error), None
             step = int(good.step)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 __all__ = ["MetricsWriter", "read_metrics"]
+
+_FLUSH_SECONDS = 10.0
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
@@ -58,11 +61,16 @@ class MetricsWriter:
         kept = (json.dumps(row) + "\n" for row in rows if row["step"] <= last_step)
         _write_atomically(self.path, kept)
         self._file = self.path.open("a", encoding="utf-8")
-        from tensorboardX import SummaryWriter
+        # tensorboardX's own writer has a thread, which dies on a full disk and lets the run hang.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        self._events = SummaryWriter(
-            str(self.path.parent / "tensorboard"), purge_step=last_step + 1, flush_secs=10
-        )
+        folder = self.path.parent / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"))
+        start = SessionLog(status=SessionLog.START)
+        self._events.write_event(Event(step=last_step + 1, session_log=start))
+        self._flushed = time.monotonic()
 
     def rewind(self, step: int) -> None:
         """Drops the log points after ``step``, to which the run went back."""
@@ -74,14 +82,23 @@ class MetricsWriter:
         row = {"step": step, **{name: float(value) for name, value in metrics.items()}}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
         for name, value in {**row, **machine}.items():
             if name != "step":
-                self._events.add_scalar(name, value, step)
+                event = Event(wall_time=time.time(), step=step, summary=scalar(name, value))
+                self._events.write_event(event)
+        if time.monotonic() > self._flushed + _FLUSH_SECONDS:
+            self._events.flush()
+            self._flushed = time.monotonic()
 
     def close(self) -> None:
         """Flushes everything to disk."""
-        self._file.close()
-        self._events.close()
+        try:
+            self._file.close()
+        finally:
+            self._events.close()
 
 
 def _write_atomically(path: Path, lines: Iterable[str]) -> None:

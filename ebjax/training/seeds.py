@@ -101,10 +101,11 @@ def train_seeds(
             if is_save and run.monitor is not None:
                 key = jax.random.fold_in(jax.random.key(configs[i].seed), step)
                 judgement = run.monitor(key, saved[i])
-            if on_save is not None and saved:
-                on_save(i, step, saved[i], judgement)
+            # A state that is saved is logged.
             if on_log is not None and (is_save or step % config.log_every == 0):
                 on_log(i, step, row | judgement)
+            if on_save is not None and saved:
+                on_save(i, step, saved[i], judgement)
     return [state if good else None for state, good in zip(collect(), is_good, strict=True)]
 
 

@@ -124,6 +124,7 @@ def undisturbed(tmp_path_factory):
     [
         (100, []),  # bytes of a file: config.json does not fit
         (1000, []),  # nor the first checkpoint
+        (3000, [120, 130]),  # nor all metrics and events
         (30_000, [590, 600]),  # nor the first picture
     ],
 )

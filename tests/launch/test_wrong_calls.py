@@ -95,6 +95,7 @@ def test_a_coordinator_that_does_not_answer_is_named(refuse, tmp_path, monkeypat
         ("x = 3", ["get_config"]),
         ("def get_config():\n    return 1 / 0", ["ZeroDivisionError"]),
         ("def get_config():\n    return {'recipe': 'hypergrid'}", ["ConfigDict"]),
+        ("def get_config():\n    raise ValueError('not mine')", ["ValueError: not mine)."]),
         ("import nosuchmodule", ["nosuchmodule"]),
         (
             "import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict()",
@@ -107,6 +108,7 @@ def test_a_config_file_that_cannot_be_loaded_is_refused(refuse, tmp_path, text, 
     path.write_text(text)
     sentence = refuse("train", f"--config={path}", f"--workdir={tmp_path / 'run'}")
     assert all(word in sentence for word in words), sentence
+    assert "Traceback" not in sentence
 
 
 def test_a_workdir_that_cannot_be_used_is_refused(refuse, tmp_path):

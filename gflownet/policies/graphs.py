@@ -43,8 +43,8 @@ class _VertexHeads(nn.Module):
             inner += nn.Dense(self.width, use_bias=False)(h.mean(axis=0))
             h = nn.LayerNorm()(h + nn.Dense(self.width)(self.activation(inner)))
         logits = nn.Dense(self.num_directions)(h).T
-        # By index: the slope of ``max`` looks for entries that equal it, and may find none where the
-        # compiler computes them anew and rounds otherwise.
+        # By index: the slope of ``max`` looks for entries that equal it, and may find none where
+        # the compiler computes them anew and rounds otherwise.
         largest = jnp.take_along_axis(h, jnp.argmax(h, axis=0)[None], axis=0)[0]
         summary = jnp.concatenate([h.mean(axis=0), largest])
         inner = self.activation(nn.Dense(self.width)(summary))

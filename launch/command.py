@@ -23,7 +23,7 @@ from ml_collections import ConfigDict, config_flags
 
 from launch.runs import UserError, find_recipe
 
-__all__ = ["Command", "builtin_configs", "define_config", "main", "output_file", "seed"]
+__all__ = ["Command", "builtin_configs", "define_config", "main", "output_file", "required", "seed"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,16 @@ def builtin_configs() -> dict[str, Path]:
     """The configs that come with the package, by their bare name."""
     folder = Path(__file__).parent / "configs"
     return {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem != "__init__"}
+
+
+def required(flag_values: FlagValues, what: str) -> None:
+    """Raises ``UserError`` if ``--config``, or ``--workdir`` for ``what``, is missing."""
+    if flag_values.config is None:
+        raise UserError(
+            f"--config is missing; give one of {', '.join(builtin_configs())} or a path."
+        )
+    if flag_values.workdir is None:
+        raise UserError(f"--workdir is missing; give the directory of the {what}.")
 
 
 def define_config(flag_values: FlagValues) -> None:

@@ -241,12 +241,7 @@ class _Call(NamedTuple):
 
 def _checked(flag_values: flags.FlagValues, texts: Sequence[tuple[str, str, str]]) -> _Call:
     settings = flag_values.config
-    if settings is None:
-        raise UserError(
-            f"--config is missing; give one of {', '.join(command.builtin_configs())} or a path."
-        )
-    if flag_values.workdir is None:
-        raise UserError("--workdir is missing; give the directory of the population.")
+    command.required(flag_values, "population")
     ranges = _ranges(texts, settings)
     folder = runs.find_workdir(flag_values.workdir)
     recipe = runs.find_recipe(settings.recipe, flag_values.recipe_module)

@@ -208,12 +208,7 @@ def _default_metric(config: ConfigDict, recipe: Recipe) -> str:
 
 def _run(flag_values: flags.FlagValues, texts: Sequence[tuple[str, str, str]]) -> int:
     config = flag_values.config
-    if config is None:
-        raise UserError(
-            f"--config is missing; give one of {', '.join(command.builtin_configs())} or a path."
-        )
-    if flag_values.workdir is None:
-        raise UserError("--workdir is missing; give the directory of the sweep.")
+    command.required(flag_values, "sweep")
     for name, minimum in (("seeds", 1), ("trials", 1), ("jobs", 1), ("search_seed", 0)):
         value: Any = flag_values[name].value
         if value < minimum:

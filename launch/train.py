@@ -208,12 +208,7 @@ class _Start(NamedTuple):
 
 def _checked_call(flag_values: flags.FlagValues) -> _Start:
     """What a call asks for, where nothing in it is wrong."""
-    if flag_values.config is None:
-        raise UserError(
-            f"--config is missing; give one of {', '.join(command.builtin_configs())} or a path."
-        )
-    if flag_values.workdir is None:
-        raise UserError("--workdir is missing; give the directory of the run.")
+    command.required(flag_values, "run")
     settings = flag_values.config.to_dict()
     if not isinstance(settings.get("recipe"), str):
         raise UserError(f"config.recipe is {settings.get('recipe')!r}; it must name a recipe.")

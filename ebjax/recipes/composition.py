@@ -40,7 +40,7 @@ from ebjax.recipes.density import DATASETS
 from ebjax.recipes.density_methods import data_frame, level_energy
 from ebjax.samplers import annealed_langevin, mala, run_chain
 from ebjax.samplers.smc import reverse_diffusion_sample, reverse_diffusion_smc, systematic
-from ebjax.training import AdamConfig, check_at_least, check_between, setting
+from ebjax.training import AdamConfig, check_at_least, check_between, check_widths, setting
 from ebjax.types import EnergyFn, Objective, Params, Recipe, Run, Source, Target, TrainState
 
 __all__ = ["CompositionConfig", "recipe"]
@@ -48,7 +48,6 @@ __all__ = ["CompositionConfig", "recipe"]
 _OPERATIONS = ("product", "mixture", "negation", "tempering")
 _SAMPLERS = ("smc", "annealed", "mala", "reverse")
 _BOUNDS = (-5.0, 5.0)
-_CELLS = 12
 # A few draws are a part of a population that is large enough.
 _MIN_PARTICLES = 2000
 
@@ -118,10 +117,7 @@ class CompositionConfig(AdamConfig):
                 f"widest_noise is {self.widest_noise}; it must be above narrowest_noise, "
                 f"{self.narrowest_noise}."
             )
-        if not self.hidden_features or min(self.hidden_features) < 1:
-            raise ValueError(
-                f"hidden_features is {self.hidden_features}; give at least one positive width."
-            )
+        check_widths(self, "hidden_features")
 
 
 def _compose(
@@ -193,7 +189,10 @@ def build(config: CompositionConfig) -> Run:
 
     composed, power = _compose(config, normalised("first"), normalised("second"))
     scale = width / power**0.5
-    at_narrowest = condition(composed, jnp.asarray(levels[-1], jnp.float32))
+    # Made once, so that quadrature compiles each of them once.
+    narrowest = jnp.asarray(levels[-1], jnp.float32)
+    at_narrowest = condition(composed, narrowest)
+    parts = {name: condition(energy_fn, narrowest) for name, energy_fn in energies.items()}
 
     def smc(key, energy_fn, params, scale, num: int):
         return reverse_diffusion_smc(
@@ -288,8 +287,7 @@ def build(config: CompositionConfig) -> Run:
         del key
         figures = {}
         for name, law in laws.items():
-            at_level = condition(energies[name], jnp.asarray(levels[-1], jnp.float32))
-            exact = grid_figures(grid(at_level, state.ema[name]), grid(law.energy, ()))
+            exact = grid_figures(grid(parts[name], state.ema[name]), grid(law.energy, ()))
             figures[f"total_variation_{name}"] = exact["total_variation"]
         return {"total_variation": max(figures.values()), **figures}
 
@@ -302,7 +300,7 @@ def build(config: CompositionConfig) -> Run:
         for index, sampler in enumerate(_SAMPLERS):
             own_key = jax.random.fold_in(key, index)
             positions, log_z = draw_many(sampler, own_key, params, config.num_evaluated)
-            distance = cell_total_variation(np.asarray(positions), law, num_cells=_CELLS)
+            distance = cell_total_variation(np.asarray(positions), law)
             figures[f"tv_{sampler}"] = distance.total_variation
             figures["tv_of_exact_draws"] = distance.of_exact_draws
             if sampler == "smc":
@@ -315,13 +313,9 @@ def build(config: CompositionConfig) -> Run:
         from ebjax.recipes.density_figures import laws_and_draws
 
         params = learned(state.ema)
-        at_level = {
-            name: condition(each, jnp.asarray(levels[-1], jnp.float32))
-            for name, each in energies.items()
-        }
         shown = {
-            f"first: {config.first}": grid(at_level["first"], state.ema["first"]),
-            f"second: {config.second}": grid(at_level["second"], state.ema["second"]),
+            f"first: {config.first}": grid(parts["first"], state.ema["first"]),
+            f"second: {config.second}": grid(parts["second"], state.ema["second"]),
             f"{config.operation}, exact": grid(at_narrowest, params),
         }
         drawn = {

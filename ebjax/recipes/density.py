@@ -20,6 +20,7 @@ from ebjax.training import (
     by_group,
     check_at_least,
     check_between,
+    check_widths,
     setting,
 )
 from ebjax.types import Recipe, Run, Source, Target, TrainState
@@ -177,10 +178,7 @@ class DensityConfig(AdamConfig):
         check_at_least(self, 2, "flow_layers")
         check_between(self, 0, 1, "rebirth_probability")
         check_between(self, 11, 2001, "num_grid_points")
-        if not self.hidden_features or min(self.hidden_features) < 1:
-            raise ValueError(
-                f"hidden_features is {self.hidden_features}; give at least one positive width."
-            )
+        check_widths(self, "hidden_features")
 
 
 def _mode_masses(law, modes) -> np.ndarray:

@@ -23,6 +23,7 @@ from ebjax.training import (
     AdamConfig,
     check_at_least,
     check_between,
+    check_widths,
     setting,
 )
 from ebjax.types import Recipe, Run, Source, TrainState
@@ -64,10 +65,7 @@ class DigitsConfig(AdamConfig):
         check_at_least(self, 0, "data_noise", "energy_regularizer", "langevin_noise_scale")
         check_at_least(self, 0, "langevin_step_size")
         check_between(self, 0, 1, "rebirth_probability")
-        if not self.hidden_features or min(self.hidden_features) < 1:
-            raise ValueError(
-                f"hidden_features is {self.hidden_features}; give at least one positive width."
-            )
+        check_widths(self, "hidden_features")
 
 
 def load_images(num_held_out: int) -> tuple[np.ndarray, np.ndarray]:

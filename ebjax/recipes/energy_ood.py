@@ -32,6 +32,7 @@ from ebjax.training import (
     TrainingConfig,
     check_at_least,
     check_between,
+    check_widths,
     setting,
 )
 from ebjax.types import Recipe, Run, Source, TrainState
@@ -74,10 +75,7 @@ class EnergyOodConfig(TrainingConfig):
         check_at_least(self, 1, "outliers_per_example")
         check_at_least(self, 0, "learning_rate", "weight_decay", "hinge_weight")
         check_between(self, -1e6, 1e6, "margin_in_offset", "margin_out")
-        if not self.hidden_features or min(self.hidden_features) < 1:
-            raise ValueError(
-                f"hidden_features is {self.hidden_features}; give at least one positive width."
-            )
+        check_widths(self, "hidden_features")
 
 
 @dataclasses.dataclass(frozen=True)

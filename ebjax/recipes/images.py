@@ -34,6 +34,7 @@ from ebjax.training import (
     AdamConfig,
     check_at_least,
     check_between,
+    check_widths,
     setting,
 )
 from ebjax.types import Recipe, Run, TrainState, bind
@@ -119,8 +120,7 @@ class ImagesConfig(AdamConfig):
         check_between(self, 1e-6, 1, "step_share")
         check_between(self, -4, 15, "largest_log_snr")
         check_between(self, 0, 1, "rebirth_probability")
-        if not self.features or min(self.features) < 1:
-            raise ValueError(f"features is {self.features}; give at least one positive width.")
+        check_widths(self, "features")
 
 
 class Images(NamedTuple):

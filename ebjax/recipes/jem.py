@@ -37,6 +37,7 @@ from ebjax.training import (
     AdamConfig,
     check_at_least,
     check_between,
+    check_widths,
     setting,
 )
 from ebjax.types import Recipe, Run, Source, TrainState
@@ -82,10 +83,7 @@ class JemConfig(AdamConfig):
         check_at_least(self, 0, "langevin_step_size")
         check_at_least(self, 0, "likelihood_weight", "sharpness_radius", "langevin_gradient_clip")
         check_between(self, 0, 1, "rebirth_probability")
-        if not self.hidden_features or min(self.hidden_features) < 1:
-            raise ValueError(
-                f"hidden_features is {self.hidden_features}; give at least one positive width."
-            )
+        check_widths(self, "hidden_features")
         if self.births not in _BIRTHS:
             raise ValueError(f"births is {self.births!r}; it must be one of {', '.join(_BIRTHS)}.")
 

@@ -1,7 +1,13 @@
 """Training: one update, one loop, many devices, checkpoints, metrics."""
 
 from ebjax.training.checkpoint import Checkpointer
-from ebjax.training.config import TrainingConfig, check_at_least, check_between, setting
+from ebjax.training.config import (
+    TrainingConfig,
+    check_at_least,
+    check_between,
+    check_widths,
+    setting,
+)
 from ebjax.training.loop import DivergenceError, TrainResult, choose_devices, init_state, train
 from ebjax.training.metrics import MetricsWriter, read_metrics
 from ebjax.training.optimizer import (
@@ -36,6 +42,7 @@ __all__ = [
     "by_group",
     "check_at_least",
     "check_between",
+    "check_widths",
     "choose_devices",
     "hypervolume",
     "init_state",

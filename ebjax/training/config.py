@@ -9,7 +9,7 @@ from typing import Any
 
 from ebjax.parallel import BACKENDS
 
-__all__ = ["TrainingConfig", "check_at_least", "check_between", "setting"]
+__all__ = ["TrainingConfig", "check_at_least", "check_between", "check_widths", "setting"]
 
 
 def setting(default: Any, help: str = "", *, follows: str | None = None) -> Any:
@@ -37,6 +37,14 @@ def check_between(config: Any, low: float, high: float, *names: str) -> None:
         value = getattr(config, name)
         if not low <= value <= high:
             raise ValueError(f"{name} is {value}; it must lie between {low} and {high}.")
+
+
+def check_widths(config: Any, *names: str) -> None:
+    """Raises ``ValueError`` unless each named field is a tuple of at least one positive width."""
+    for name in names:
+        widths = getattr(config, name)
+        if not widths or min(widths) < 1:
+            raise ValueError(f"{name} is {widths}; give at least one positive width.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

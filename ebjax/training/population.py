@@ -20,6 +20,7 @@ Alderliesten and Bosman, "Multi-objective population based training", ICML 2023.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -275,7 +276,7 @@ def train_population(
     )
     seeds = [config.seed + i for i in range(num_members)]
     if initial is None:
-        states = [init_state(run, _with_settings(config, {"seed": seed})) for seed in seeds]
+        states = [init_state(run, dataclasses.replace(config, seed=seed)) for seed in seeds]
         settings = _first_settings(ranges, num_members, config.seed)
         first_round = 1
     else:

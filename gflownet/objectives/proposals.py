@@ -97,6 +97,7 @@ def flow_proposals(
         one = jax.tree.map(lambda leaf: leaf[:, 0], (path.states, path.actions, path.valid))
         states, actions, valid = one
 
+        # Not ``score``: there is one path, and nothing to leave out.
         def log_pf(state, action):
             output = policy.apply(
                 params,

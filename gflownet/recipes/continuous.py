@@ -19,7 +19,14 @@ import optax
 from scipy.special import logsumexp
 
 from ebjax.parallel import AXIS_NAME
-from ebjax.training import AdamConfig, by_group, check_at_least, check_between, setting
+from ebjax.training import (
+    AdamConfig,
+    by_group,
+    check_at_least,
+    check_between,
+    check_widths,
+    setting,
+)
 from ebjax.types import Flow, Objective, Recipe, Run, Source, Target, TrainState
 from gflownet import objectives
 from gflownet.environments import (
@@ -94,10 +101,7 @@ class ContinuousConfig(AdamConfig):
         check_between(self, 0, 1, "epsilon")
         if self.environment == "box" and self.dim != 2:
             raise ValueError(f"dim is {self.dim}; the box has 2, and more are a cube.")
-        if not self.hidden_features or min(self.hidden_features) < 1:
-            raise ValueError(
-                f"hidden_features is {self.hidden_features}; give at least one positive width."
-            )
+        check_widths(self, "hidden_features")
 
 
 class _Problem(NamedTuple):

@@ -35,7 +35,7 @@ from ebjax.energies.lattice import ising_lattice, lattice_edges
 from ebjax.objectives.contrastive_divergence import persistent_contrastive_divergence
 from ebjax.samplers import checkerboard_gibbs, gibbs, gibbs_with_gradients, sample
 from ebjax.samplers.run import run_chain
-from ebjax.training import ScheduleConfig, adam, by_group, check_at_least, setting
+from ebjax.training import ScheduleConfig, adam, by_group, check_at_least, check_widths, setting
 from ebjax.types import Flow, Kernel, Params, Recipe, Run, TrainState, bind
 from gflownet.environments.sequences import SequenceState, discrete_energy
 from gflownet.evaluation import evidence_bounds
@@ -108,10 +108,7 @@ class EBGFlowNetConfig(ScheduleConfig):
         check_at_least(self, 0, "l1_weight", "policy_learning_rate", "log_z_learning_rate")
         check_at_least(self, 0, "rising_updates")
         check_at_least(self, -10, "coupling")
-        if not self.hidden_features or min(self.hidden_features) < 1:
-            raise ValueError(
-                f"hidden_features is {self.hidden_features}; give at least one positive width."
-            )
+        check_widths(self, "hidden_features")
 
 
 def coupling_matrix(couplings: jax.Array, num_spins: int) -> jax.Array:

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from typing import Any
 
-from ebjax.training import TrainingConfig, check_at_least, check_between, setting
+from ebjax.training import TrainingConfig, check_at_least, check_between, check_widths, setting
 from gflownet.local_search import ACCEPTANCE_RULES
 from gflownet.objectives.subtrajectory_balance import NORMALIZATIONS
 from gflownet.recipes.learners import LEARNERS, RESIDUAL_LOSSES
@@ -175,10 +175,7 @@ class FlowConfig(TrainingConfig):
                 )
         self._check_objective()
         self._check_slots()
-        if not self.hidden_features or min(self.hidden_features) < 1:
-            raise ValueError(
-                f"hidden_features is {self.hidden_features}; give at least one positive width."
-            )
+        check_widths(self, "hidden_features")
 
     def _check_objective(self) -> None:
         """What an objective cannot do without, or with."""

@@ -144,12 +144,14 @@ def _restored(
 ) -> tuple[Population | None, list[dict[str, Any]]]:
     """Where an earlier call was, and its rounds up to there."""
     steps = [entry["step"] for entry in rounds]
-    usable = [step for step in checkpointer.steps() if step in steps]
-    if not usable:
+    if not steps:
         return None, []
     empty = stacked_states([init_state(run, config)] * num_members)
-    restored = checkpointer.restore(empty, max(usable))
-    if restored is None:
+    try:
+        restored = checkpointer.restore(empty)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if restored is None or restored[0] not in steps:
         return None, []
     rounds = rounds[: steps.index(restored[0]) + 1]
     last = rounds[-1]

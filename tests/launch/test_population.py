@@ -71,6 +71,14 @@ def test_the_best_is_a_run_and_a_stopped_population_goes_on(density, tmp_path, c
     assert "round 1/3" not in capsys.readouterr().out.split("round 2/3")[1]
     joined = json.loads((tmp_path / "other" / "population.json").read_text())
     assert joined["rounds"] == written["rounds"]
+    # A damaged state is passed over: the last round is trained again, to the same end.
+    for path in (tmp_path / "other" / "checkpoints" / "30").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    call(*other)
+    assert "round 3/3" in capsys.readouterr().out
+    again = json.loads((tmp_path / "other" / "population.json").read_text())
+    assert again["rounds"] == written["rounds"]
     call(*other, "--quantile=0.5", code=2)
     assert "quantile" in capsys.readouterr().err
 

@@ -5,6 +5,8 @@ import os
 import jax
 import pytest
 
+COMPILED_IN_HASTE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
 # Before JAX starts: tests of 1, 2 and 8 devices run in this process.
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -13,7 +15,7 @@ def pytest_configure(config):
     """Thousands of small programs are compiled once and run once: with little optimisation."""
     if config.option.markexpr == "not slow":
         flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {flags}"
+        os.environ["XLA_FLAGS"] = f"{COMPILED_IN_HASTE} {flags}"
 
 
 @pytest.fixture

@@ -435,9 +435,11 @@ def _jarzynski(config: Any, frame: Frame) -> Method:
         params = init(key)
         return {**params, last_layer: jax.tree.map(jnp.zeros_like, params[last_layer])}
 
+    # Weights take away the error of Langevin steps, at the price of their own spread.
+    is_tested = config.kernel != "langevin"
     objective = jarzynski(
         energy_fn,
-        config.langevin_step_size,
+        _kernel(config) if is_tested else config.langevin_step_size,
         lambda key, params: frame.mean + width * jax.random.normal(key, (2,)),
         walkers_per_example=config.chains_per_example,
         num_steps=config.langevin_steps,

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from launch.benchmarks.grid_law import grid_positions, time_to_law_workload
 from launch.benchmarks.workload import Workload, compile_ahead, import_peer
 
 REWARD_BASE, REWARD_RING, REWARD_PEAK = 1e-3, 0.5, 2.0
@@ -71,6 +72,86 @@ def gfnx_hypergrid(
         PeerMissing: if gfnx or equinox cannot be imported.
         ValueError: if the widths in `hidden` differ.
     """
+    return _timed(
+        f"gfnx hypergrid {dim}-D side {side}",
+        _gfnx_grid(dim, side, seed, hidden, stop_bias),
+        num_trajectories=num_trajectories,
+        num_updates=num_updates,
+        learning_rate=learning_rate,
+        log_z_learning_rate=log_z_learning_rate,
+        epsilon=epsilon,
+        frozen=frozen,
+        note="rollout, loss and update in one fori_loop; always scans dim * side + 1 steps",
+    )
+
+
+def gfnx_time_to_law(
+    *,
+    dim: int,
+    side: int,
+    num_trajectories: int,
+    seed: int,
+    total_variation: float,
+    updates_per_look: int,
+    hidden: Sequence[int] = (256, 256),
+    learning_rate: float = 1e-3,
+    log_z_learning_rate: float = 0.1,
+    epsilon: float = 0.1,
+) -> Workload:
+    """From nothing to a total variation, as `launch.benchmarks.own.time_to_law`, with gfnx.
+
+    Args:
+        total_variation: to the exact law, where a run ends.
+        updates_per_look: updates between two looks at the law.
+        (the others): as in `gfnx_hypergrid`; a run adds one to the seed.
+
+    Raises:
+        PeerMissing: if gfnx or equinox cannot be imported.
+    """
+
+    def start(seed: int) -> tuple[Callable[[int], Any], Callable[[], Any]]:
+        task = _gfnx_grid(dim, side, seed, hidden, 0.0)
+        program = _GfnxProgram(
+            task,
+            num_trajectories=num_trajectories,
+            num_updates=updates_per_look,
+            learning_rate=learning_rate,
+            log_z_learning_rate=log_z_learning_rate,
+            epsilon=epsilon,
+            frozen=False,
+        )
+        observations = np.eye(side, dtype=np.float32)[grid_positions(dim, side)]
+        logits_fn = jax.jit(jax.vmap(lambda params, seen: task.heads(params, seen)[0], (None, 0)))
+        return (
+            lambda _: program.advance(),
+            lambda: logits_fn(program.state.params["network"], observations),
+        )
+
+    import_peer("gfnx", peer="gfnx")
+    return time_to_law_workload(
+        f"gfnx hypergrid {dim}-D side {side}",
+        start,
+        dim=dim,
+        side=side,
+        seed=seed,
+        total_variation=total_variation,
+        updates_per_look=updates_per_look,
+    )
+
+
+class _GfnxTask(NamedTuple):
+    """An environment of gfnx with a policy: `heads(params, observation)` of one state."""
+
+    environment: Any
+    environment_params: Any
+    key: jax.Array
+    network_params: Any
+    heads: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def _gfnx_grid(
+    dim: int, side: int, seed: int, hidden: Sequence[int], stop_bias: float
+) -> _GfnxTask:
     gfnx = import_peer("gfnx", peer="gfnx")
     equinox = import_peer("equinox", peer="gfnx")
     width = _single_width(hidden)
@@ -87,21 +168,7 @@ def gfnx_hypergrid(
         logits = equinox.combine(params, network_static)(observation.reshape(-1))
         return logits[: dim + 1], logits[dim + 1 :]
 
-    return gfnx_workload(
-        f"gfnx hypergrid {dim}-D side {side}",
-        environment,
-        environment_params,
-        key_run,
-        network_params,
-        heads,
-        num_trajectories=num_trajectories,
-        num_updates=num_updates,
-        learning_rate=learning_rate,
-        log_z_learning_rate=log_z_learning_rate,
-        epsilon=epsilon,
-        frozen=frozen,
-        note="rollout, loss and update in one fori_loop; always scans dim * side + 1 steps",
-    )
+    return _GfnxTask(environment, environment_params, key_run, network_params, heads)
 
 
 def gfnx_workload(
@@ -137,102 +204,147 @@ def gfnx_workload(
         frozen: compute every update but multiply it by zero.
         note: of the workload.
     """
-    gfnx = import_peer("gfnx", peer="gfnx")
+    return _timed(
+        name,
+        _GfnxTask(environment, environment_params, key, network_params, heads),
+        num_trajectories=num_trajectories,
+        num_updates=num_updates,
+        learning_rate=learning_rate,
+        log_z_learning_rate=log_z_learning_rate,
+        epsilon=epsilon,
+        frozen=frozen,
+        note=note,
+    )
 
-    def log_prob(logits: jax.Array, invalid: jax.Array, action: jax.Array) -> jax.Array:
-        """Log-probability of `action` among the actions that are not `invalid`."""
-        log_probs = jax.nn.log_softmax(gfnx.utils.mask_logits(logits, invalid))
-        return jnp.take_along_axis(log_probs, action[..., None], axis=-1)[..., 0]
 
-    over_batch = jax.vmap(heads, (None, 0))
-    over_time = functools.partial(jax.vmap, in_axes=1, out_axes=1)  # gfnx itself batches over B
+def _timed(name: str, task: _GfnxTask, *, note: str, **options: Any) -> Workload:
+    program = _GfnxProgram(task, **options)
+    return Workload(
+        name=name, run=program.advance, warm_up_seconds=program.warm_up_seconds, note=note
+    )
 
-    def loss_fn(params: dict[str, Any], rollout: Any) -> jax.Array:
-        """Trajectory balance on rollouts whose arrays are [B, T, ...]."""
-        forward_logits, backward_logits = jax.vmap(over_batch, (None, 0))(
-            params["network"], rollout.obs
-        )
-        before, after = (
-            jax.tree.map(lambda leaf, part=part: leaf[:, part], rollout.state)
-            for part in (slice(None, -1), slice(1, None))
-        )
-        action = rollout.action[:, :-1]
-        forward_invalid = over_time(
-            lambda state: environment.get_invalid_mask(state, environment_params)
-        )(before)
-        backward_invalid = over_time(
-            lambda state: environment.get_invalid_backward_mask(state, environment_params)
-        )(after)
-        backward_action = over_time(
-            lambda state, forward_action, next_state: environment.get_backward_action(
-                state, forward_action, next_state, environment_params
+
+class _GfnxProgram:
+    """`num_updates` of trajectory balance in one compiled call."""
+
+    def __init__(
+        self,
+        task: _GfnxTask,
+        *,
+        num_trajectories: int,
+        num_updates: int,
+        learning_rate: float,
+        log_z_learning_rate: float,
+        epsilon: float,
+        frozen: bool,
+    ) -> None:
+        environment, environment_params, self._key, network_params, heads = task
+        gfnx = import_peer("gfnx", peer="gfnx")
+
+        def log_prob(logits: jax.Array, invalid: jax.Array, action: jax.Array) -> jax.Array:
+            """Log-probability of `action` among the actions that are not `invalid`."""
+            log_probs = jax.nn.log_softmax(gfnx.utils.mask_logits(logits, invalid))
+            return jnp.take_along_axis(log_probs, action[..., None], axis=-1)[..., 0]
+
+        over_batch = jax.vmap(heads, (None, 0))
+        over_time = functools.partial(jax.vmap, in_axes=1, out_axes=1)  # gfnx itself batches over B
+
+        def loss_fn(params: dict[str, Any], rollout: Any) -> jax.Array:
+            """Trajectory balance on rollouts whose arrays are [B, T, ...]."""
+            forward_logits, backward_logits = jax.vmap(over_batch, (None, 0))(
+                params["network"], rollout.obs
             )
-        )(before, action, after)
-        log_ratio = (
-            log_prob(forward_logits[:, :-1], forward_invalid, action)
-            - log_prob(backward_logits[:, 1:], backward_invalid, backward_action)
-            - rollout.log_gfn_reward[:, :-1]
-        )
-        log_ratio = jnp.where(rollout.pad[:, :-1], 0.0, log_ratio)
-        return jnp.mean(jnp.square(params["log_z"] + log_ratio.sum(axis=1)))
-
-    optimizer = optax.scale_by_adam()
-
-    def update(
-        state: _FlowState, key: jax.Array, rates: dict[str, jax.Array]
-    ) -> tuple[_FlowState, jax.Array]:
-        """One rollout and one Adam step; facts are [loss, mean length]."""
-        remaining = 1.0 - state.num_updates / EPSILON_ANNEALING_UPDATES
-        exploration = epsilon * jnp.maximum(remaining, 0.0)
-
-        def policy(key: jax.Array, observation: jax.Array, params: Any) -> tuple[jax.Array, dict]:
-            logits, _ = over_batch(params, observation)
-            explore = jax.random.bernoulli(key, exploration, (num_trajectories, 1))
-            return jnp.where(explore, 0.0, logits), {}
-
-        rollout, info = gfnx.utils.forward_rollout(
-            key, num_trajectories, policy, state.params["network"], environment, environment_params
-        )
-        loss, gradient = jax.value_and_grad(loss_fn)(state.params, rollout)
-        direction, optimizer_state = optimizer.update(gradient, state.optimizer_state)
-        params = {
-            name: jax.tree.map(
-                lambda value, step, rate=rates[name]: value - rate * step, value, direction[name]
+            before, after = (
+                jax.tree.map(lambda leaf, part=part: leaf[:, part], rollout.state)
+                for part in (slice(None, -1), slice(1, None))
             )
-            for name, value in state.params.items()
+            action = rollout.action[:, :-1]
+            forward_invalid = over_time(
+                lambda state: environment.get_invalid_mask(state, environment_params)
+            )(before)
+            backward_invalid = over_time(
+                lambda state: environment.get_invalid_backward_mask(state, environment_params)
+            )(after)
+            backward_action = over_time(
+                lambda state, forward_action, next_state: environment.get_backward_action(
+                    state, forward_action, next_state, environment_params
+                )
+            )(before, action, after)
+            log_ratio = (
+                log_prob(forward_logits[:, :-1], forward_invalid, action)
+                - log_prob(backward_logits[:, 1:], backward_invalid, backward_action)
+                - rollout.log_gfn_reward[:, :-1]
+            )
+            log_ratio = jnp.where(rollout.pad[:, :-1], 0.0, log_ratio)
+            return jnp.mean(jnp.square(params["log_z"] + log_ratio.sum(axis=1)))
+
+        optimizer = optax.scale_by_adam()
+
+        def update(
+            state: _FlowState, key: jax.Array, rates: dict[str, jax.Array]
+        ) -> tuple[_FlowState, jax.Array]:
+            """One rollout and one Adam step; facts are [loss, mean length]."""
+            remaining = 1.0 - state.num_updates / EPSILON_ANNEALING_UPDATES
+            exploration = epsilon * jnp.maximum(remaining, 0.0)
+
+            def policy(
+                key: jax.Array, observation: jax.Array, params: Any
+            ) -> tuple[jax.Array, dict]:
+                logits, _ = over_batch(params, observation)
+                explore = jax.random.bernoulli(key, exploration, (num_trajectories, 1))
+                return jnp.where(explore, 0.0, logits), {}
+
+            rollout, info = gfnx.utils.forward_rollout(
+                key,
+                num_trajectories,
+                policy,
+                state.params["network"],
+                environment,
+                environment_params,
+            )
+            loss, gradient = jax.value_and_grad(loss_fn)(state.params, rollout)
+            direction, optimizer_state = optimizer.update(gradient, state.optimizer_state)
+            params = {
+                name: jax.tree.map(
+                    lambda value, step, rate=rates[name]: value - rate * step,
+                    value,
+                    direction[name],
+                )
+                for name, value in state.params.items()
+            }
+            facts = jnp.stack([loss, jnp.mean(info["trajectory_length"].astype(jnp.float32))])
+            return _FlowState(params, optimizer_state, state.num_updates + 1), facts
+
+        def updates(
+            state: _FlowState, key: jax.Array, rates: dict[str, jax.Array]
+        ) -> tuple[_FlowState, jax.Array]:
+            """`num_updates` updates; the facts are summed over them."""
+
+            def body(_: jax.Array, carry: tuple[_FlowState, jax.Array]) -> Any:
+                state, total = carry
+                state, facts = update(state, jax.random.fold_in(key, state.num_updates), rates)
+                return state, total + facts
+
+            return jax.lax.fori_loop(0, num_updates, body, (state, jnp.zeros(2)))
+
+        # The rates are arguments of the compiled program: a zero cannot be folded into less work.
+        self._rates = {
+            "network": jnp.float32(0.0 if frozen else learning_rate),
+            "log_z": jnp.float32(0.0 if frozen else log_z_learning_rate),
         }
-        facts = jnp.stack([loss, jnp.mean(info["trajectory_length"].astype(jnp.float32))])
-        return _FlowState(params, optimizer_state, state.num_updates + 1), facts
+        params = {"network": network_params, "log_z": jnp.float32(0.0)}
+        self.state = _FlowState(params, optimizer.init(params), jnp.int32(0))
+        self._num_updates = num_updates
+        self._updates, self.warm_up_seconds = compile_ahead(
+            updates, self.state, self._key, self._rates
+        )
 
-    def updates(
-        state: _FlowState, key: jax.Array, rates: dict[str, jax.Array]
-    ) -> tuple[_FlowState, jax.Array]:
-        """`num_updates` updates; the facts are summed over them."""
-
-        def body(_: jax.Array, carry: tuple[_FlowState, jax.Array]) -> Any:
-            state, total = carry
-            state, facts = update(state, jax.random.fold_in(key, state.num_updates), rates)
-            return state, total + facts
-
-        return jax.lax.fori_loop(0, num_updates, body, (state, jnp.zeros(2)))
-
-    # The rates are arguments of the compiled program: a zero cannot be folded into less work.
-    rates = {
-        "network": jnp.float32(0.0 if frozen else learning_rate),
-        "log_z": jnp.float32(0.0 if frozen else log_z_learning_rate),
-    }
-    params = {"network": network_params, "log_z": jnp.float32(0.0)}
-    state = _FlowState(params, optimizer.init(params), jnp.int32(0))
-    compiled, warm_up_seconds = compile_ahead(updates, state, key, rates)
-
-    def run() -> Mapping[str, float]:
-        nonlocal state
-        state, total = jax.block_until_ready(compiled(state, key, rates))
-        loss, mean_length = np.asarray(total) / num_updates
-        log_z = float(state.params["log_z"])
+    def advance(self) -> Mapping[str, float]:
+        """Does the updates; facts are means over them."""
+        self.state, total = jax.block_until_ready(self._updates(self.state, self._key, self._rates))
+        loss, mean_length = np.asarray(total) / self._num_updates
+        log_z = float(self.state.params["log_z"])
         return {"loss": float(loss), "mean_length": float(mean_length), "log_z": log_z}
-
-    return Workload(name=name, run=run, warm_up_seconds=warm_up_seconds, note=note)
 
 
 def torchgfn_hypergrid(

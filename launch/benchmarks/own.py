@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,12 @@ from ebjax.objectives import persistent_contrastive_divergence
 from ebjax.parallel import AXIS_NAME, data_parallel
 from ebjax.samplers import langevin, sample
 from ebjax.training import by_group, initial_state, make_update, make_update_many
-from ebjax.types import Objective, Source
-from gflownet.environments import hypergrid
+from ebjax.types import Objective, Params, Source
+from gflownet.environments.hypergrid import HypergridState, hypergrid
 from gflownet.objectives import trajectory_balance
 from gflownet.policies import mlp_policy
+from gflownet.types import Environment, Policy
+from launch.benchmarks.grid_law import grid_positions, time_to_law_workload
 from launch.benchmarks.workload import Workload
 
 __all__ = [
@@ -26,8 +28,11 @@ __all__ = [
     "flow_workload",
     "pcd",
     "sampler",
+    "time_to_law",
     "training_workload",
 ]
+
+_NO_DATA = Source((), lambda arrays, key, position: position)
 
 
 def sampler(
@@ -83,6 +88,48 @@ def sampler(
     )
 
 
+class TrainingProgram:
+    """The training loop's own compiled program, with the state that it advances."""
+
+    def __init__(
+        self,
+        init: Callable[[jax.Array], Any],
+        objective: Objective,
+        optimizer: optax.GradientTransformation,
+        source: Source,
+        *,
+        batch_size: int,
+        seed: int,
+        backend: str = "pmap",
+        num_devices: int = 1,
+    ) -> None:
+        """Makes the first state; the program is compiled when it is first advanced."""
+        state = jax.jit(
+            lambda key: initial_state(key, init, objective, optimizer, source, batch_size)
+        )(jax.random.key(seed))
+        update = make_update(
+            objective, optimizer, source, batch_size=batch_size, axis_name=AXIS_NAME
+        )
+        self._program = data_parallel(
+            make_update_many(update), devices=jax.devices()[:num_devices], backend=backend
+        )
+        self._replicated, self._split = self._program.place(state._replace(carry=()), state.carry)
+        self._arrays = self._program.place_constant(source.arrays)
+
+    def advance(self, num_updates: int) -> Mapping[str, float]:
+        """Updates in one dispatch; the metrics of the last one."""
+        count = self._program.place_constant(jnp.asarray(num_updates, jnp.int32))
+        self._replicated, self._split, metrics = self._program.step(
+            self._replicated, self._split, (self._arrays, count)
+        )
+        return {key: float(value) for key, value in jax.device_get(metrics).items()}
+
+    @property
+    def params(self) -> Params:
+        """The parameters, on the host."""
+        return self._program.collect(self._replicated, self._split)[0].params
+
+
 def training_workload(
     name: str,
     init: Callable[[jax.Array], Any],
@@ -98,24 +145,22 @@ def training_workload(
     num_devices: int = 1,
     note: str = "",
 ) -> Workload:
-    """Updates of the training loop's own compiled program, `num_updates` in one `run()`."""
-    state = jax.jit(lambda key: initial_state(key, init, objective, optimizer, source, batch_size))(
-        jax.random.key(seed)
+    """`num_updates` of the training loop's program in one `run()`."""
+    program = TrainingProgram(
+        init,
+        objective,
+        optimizer,
+        source,
+        batch_size=batch_size,
+        seed=seed,
+        backend=backend,
+        num_devices=num_devices,
     )
-    update = make_update(objective, optimizer, source, batch_size=batch_size, axis_name=AXIS_NAME)
-    program = data_parallel(
-        make_update_many(update), devices=jax.devices()[:num_devices], backend=backend
-    )
-    replicated, split = program.place(state._replace(carry=()), state.carry)
-    arrays = program.place_constant(source.arrays)
 
     def run(updates: int = num_updates) -> Mapping[str, float]:
-        nonlocal replicated, split
         for first in range(0, updates, steps_per_call):
-            count = jnp.asarray(min(steps_per_call, updates - first), jnp.int32)
-            constant = (arrays, program.place_constant(count))
-            replicated, split, metrics = program.step(replicated, split, constant)
-        return {key: float(value) for key, value in jax.device_get(metrics).items()}
+            metrics = program.advance(min(steps_per_call, updates - first))
+        return metrics
 
     return Workload(name, run, _compile_seconds(lambda: run(1)), note)
 
@@ -163,6 +208,51 @@ def flow_hypergrid(
         num_devices: devices that the trajectories are split over.
         chunk_size: states evaluated at a time in the gradient pass.
     """
+    parts = _hypergrid_flow(
+        dim=dim,
+        side=side,
+        hidden=hidden,
+        stop_bias=stop_bias,
+        learning_rate=learning_rate,
+        log_z_learning_rate=log_z_learning_rate,
+        epsilon=epsilon,
+        frozen=frozen,
+        chunk_size=chunk_size,
+    )
+    return flow_workload(
+        f"gflownet hypergrid {dim}-D side {side}",
+        parts.init,
+        parts.objective,
+        parts.optimizer,
+        num_trajectories=num_trajectories,
+        num_updates=num_updates,
+        seed=seed,
+        num_devices=num_devices,
+    )
+
+
+class _FlowParts(NamedTuple):
+    """What trains a flow."""
+
+    environment: Environment
+    policy: Policy
+    init: Callable[[jax.Array], Any]
+    objective: Objective
+    optimizer: optax.GradientTransformation
+
+
+def _hypergrid_flow(
+    *,
+    dim: int,
+    side: int,
+    hidden: tuple[int, ...],
+    stop_bias: float,
+    learning_rate: float,
+    log_z_learning_rate: float,
+    epsilon: float,
+    frozen: bool,
+    chunk_size: int,
+) -> _FlowParts:
     environment = hypergrid(dim=dim, side=side)
     policy = mlp_policy(environment.num_actions, hidden)
     objective = trajectory_balance(
@@ -188,15 +278,70 @@ def flow_hypergrid(
             "log_z": optax.adam(rate(log_z_learning_rate)),
         }
     )
-    return flow_workload(
+    return _FlowParts(environment, policy, init, objective, optimizer)
+
+
+def time_to_law(
+    *,
+    dim: int,
+    side: int,
+    num_trajectories: int,
+    seed: int,
+    total_variation: float,
+    updates_per_look: int,
+    hidden: tuple[int, ...] = (256, 256),
+    learning_rate: float = 1e-3,
+    log_z_learning_rate: float = 0.1,
+    epsilon: float = 0.1,
+    chunk_size: int = 128,
+) -> Workload:
+    """From nothing to a total variation: each `run()` builds, compiles and trains a new flow.
+
+    Args:
+        total_variation: to the exact law, where a run ends.
+        updates_per_look: updates between two looks at the law.
+        (the others): as in `flow_hypergrid`; a run adds one to the seed.
+    """
+
+    def start(seed: int):
+        parts = _hypergrid_flow(
+            dim=dim,
+            side=side,
+            hidden=hidden,
+            stop_bias=0.0,
+            learning_rate=learning_rate,
+            log_z_learning_rate=log_z_learning_rate,
+            epsilon=epsilon,
+            frozen=False,
+            chunk_size=chunk_size,
+        )
+        program = TrainingProgram(
+            parts.init,
+            parts.objective,
+            parts.optimizer,
+            _NO_DATA,
+            batch_size=num_trajectories,
+            seed=seed,
+        )
+        positions = grid_positions(dim, side)
+        states = HypergridState(jnp.asarray(positions), jnp.zeros(len(positions), bool))
+
+        def logits(params: Params, state: HypergridState) -> jax.Array:
+            env = parts.environment
+            masks = env.forward_mask(state), env.backward_mask(state)
+            return parts.policy.apply(params, env.observe(state), *masks).forward.log_probs()
+
+        logits_fn = jax.jit(jax.vmap(logits, (None, 0)))
+        return program.advance, lambda: logits_fn(program.params["policy"], states)
+
+    return time_to_law_workload(
         f"gflownet hypergrid {dim}-D side {side}",
-        init,
-        objective,
-        optimizer,
-        num_trajectories=num_trajectories,
-        num_updates=num_updates,
+        start,
+        dim=dim,
+        side=side,
         seed=seed,
-        num_devices=num_devices,
+        total_variation=total_variation,
+        updates_per_look=updates_per_look,
     )
 
 
@@ -217,7 +362,7 @@ def flow_workload(
         init,
         objective,
         optimizer,
-        Source((), lambda arrays, key, position: position),
+        _NO_DATA,
         batch_size=num_trajectories,
         num_updates=num_updates,
         steps_per_call=num_updates,

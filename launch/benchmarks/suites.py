@@ -157,6 +157,45 @@ def _gflownet_hypergrid() -> Suite:
     )
 
 
+def _gflownet_small_grid() -> Suite:
+    """The smallest standard grid: what an update costs, and a whole run with its compilation."""
+    grid = {"dim": 2, "side": 8, "num_trajectories": 16, "seed": 0}
+    rows = (
+        ("gflownet", "own", "flow_hypergrid", 5000),
+        ("gfnx", "flow_peers", "gfnx_hypergrid", 1000),
+        ("torchgfn", "flow_peers", "torchgfn_hypergrid", 100),
+    )
+    return Suite(
+        "Trajectory balance, hypergrid 2-D side 8, 16 trajectories, MLP 2x256, learned P_B",
+        "updates",
+        tuple(
+            Variant(name, module, function, {**grid, "num_updates": updates}, updates)
+            for name, module, function, updates in rows
+        ),
+        (Comparison("gflownet", "gfnx", 2.0), Comparison("gflownet", "torchgfn", 8.0)),
+    )
+
+
+def _gflownet_time_to_law() -> Suite:
+    options = {
+        "dim": 2,
+        "side": 8,
+        "num_trajectories": 16,
+        "seed": 0,
+        "total_variation": 0.05,
+        "updates_per_look": 50,
+    }
+    return Suite(
+        "From nothing to a total variation of 0.05, hypergrid 2-D side 8, compilation included",
+        "runs",
+        (
+            Variant("gflownet", "own", "time_to_law", options, 1),
+            Variant("gfnx", "flow_peers", "gfnx_time_to_law", options, 1),
+        ),
+        (Comparison("gflownet", "gfnx", 2.0),),
+    )
+
+
 def _gflownet_tasks() -> Suite:
     # Updates of one run: each side takes about as long.
     updates = {
@@ -525,6 +564,8 @@ def _rbm() -> Suite:
 SUITES: dict[str, Suite] = {
     "langevin": _langevin(),
     "gflownet_hypergrid": _gflownet_hypergrid(),
+    "gflownet_small_grid": _gflownet_small_grid(),
+    "gflownet_time_to_law": _gflownet_time_to_law(),
     "gflownet_tasks": _gflownet_tasks(),
     "pcd_step": _pcd_step(),
     "dispatch": _dispatch(),

@@ -29,7 +29,7 @@ def environment():
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "COLUMNS": "120",
         # As in tests/conftest.py.
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
         # The same programs are compiled by every command; this is most of their time.
         "JAX_COMPILATION_CACHE_DIR": _CACHE.name,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

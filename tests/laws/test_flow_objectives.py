@@ -387,7 +387,13 @@ def test_losses_at_the_exact_flow(name, x64):
         return lambda params: objective.loss(params, (), keys, t)[0]
 
     # Compiled in haste: a program for all objectives runs a few times only.
-    in_haste = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    in_haste = functools.partial(
+        jax.jit,
+        compiler_options={
+            "xla_backend_optimization_level": 0,
+            "xla_cpu_use_fusion_emitters": False,
+        },
+    )
 
     @in_haste
     def evaluate(every_params, t):

@@ -167,9 +167,12 @@ def _parse(values: FlagValues, argv: list[str]) -> list[str]:
 
 
 def _resolve_config(argv: list[str]) -> list[str]:
-    """Replaces a bare name after ``--config`` by the path of the built-in config."""
-    resolved = []
-    rest = iter(argv)
+    """Replaces a bare name after ``--config`` by the path of the built-in config.
+
+    It comes first then: what overrides a field takes its type from the config that was read.
+    """
+    configs, resolved = [], argv[:1]
+    rest = iter(argv[1:])
     for arg in rest:
         if arg in ("--config", "-config"):
             arg = f"--config={next(rest, '')}"
@@ -181,9 +184,10 @@ def _resolve_config(argv: list[str]) -> list[str]:
                     f"config is {match[1]!r}; it must be one of {', '.join(builtin_configs())}, "
                     "or the path of a Python file with a get_config()."
                 )
-            arg = f"--config={path}"
-        resolved.append(arg)
-    return resolved
+            configs.append(f"--config={path}")
+        else:
+            resolved.append(arg)
+    return resolved[:1] + configs + resolved[1:]
 
 
 def _sentence(command: Command, argv: list[str], error: Exception) -> str:

@@ -44,7 +44,7 @@ from ebjax.training import (
     train_population,
 )
 from ebjax.training.seeds import stacked_states, unstacked_states
-from ebjax.types import Recipe, Run
+from ebjax.types import Recipe, Run, TrainState
 from launch import command, runs
 from launch.axes import read_axes, split_axes
 from launch.runs import UserError
@@ -125,9 +125,12 @@ def _read_rounds(path: Path, about: Mapping[str, Any]) -> list[dict[str, Any]]:
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
         rounds = written.pop("rounds")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        for entry in rounds:
+            _population_of(entry, [])
+    except Exception as error:  # Damage can be anything.
         raise UserError(
-            f"{path} cannot be read ({error}); remove it or choose another workdir."
+            f"{path} cannot be read ({type(error).__name__}: {error}); remove it or choose another "
+            "workdir."
         ) from None
     wanted = json.loads(json.dumps(about))
     for name, value in wanted.items():
@@ -137,6 +140,25 @@ def _read_rounds(path: Path, about: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "choose another workdir."
             )
     return rounds
+
+
+def _population_of(entry: Mapping[str, Any], states: Sequence[TrainState]) -> Population:
+    """The inverse of ``_entry``."""
+
+    def arrays(by_name):
+        return {
+            name: np.array([np.nan if value is None else value for value in values], np.float64)
+            for name, values in by_name.items()
+        }
+
+    return Population(
+        step=int(entry["step"]),
+        settings=arrays(entry["settings"]),
+        scores=np.stack(list(arrays(entry["figures"]).values()), axis=1),
+        parents=np.array(entry["parents"], np.int64),
+        next_settings=arrays(entry["next_settings"]),
+        states=list(states),
+    )
 
 
 def _restored(
@@ -154,23 +176,7 @@ def _restored(
     if restored is None or restored[0] not in steps:
         return None, []
     rounds = rounds[: steps.index(restored[0]) + 1]
-    last = rounds[-1]
-
-    def arrays(by_name):
-        return {
-            name: np.array([np.nan if value is None else value for value in values])
-            for name, values in by_name.items()
-        }
-
-    population = Population(
-        step=last["step"],
-        settings=arrays(last["settings"]),
-        scores=np.stack(list(arrays(last["figures"]).values()), axis=1),
-        parents=np.array(last["parents"]),
-        next_settings=arrays(last["next_settings"]),
-        states=unstacked_states(restored[1], num_members),
-    )
-    return population, rounds
+    return _population_of(rounds[-1], unstacked_states(restored[1], num_members)), rounds
 
 
 def _lineage(rounds: Sequence[Mapping[str, Any]], member: int) -> list[dict[str, float]]:

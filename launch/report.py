@@ -130,7 +130,7 @@ def _read_object(path: Path, notes: list[str]) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         notes.append(f"{path.name} cannot be read as JSON ({error}).")
         return {}
     if not isinstance(value, dict):

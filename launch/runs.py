@@ -25,6 +25,7 @@ from ebjax.loading import (
     restore,
 )
 from ebjax.training import TrainingConfig
+from ebjax.training.metrics import are_numbers
 from ebjax.types import Recipe
 
 __all__ = [
@@ -197,12 +198,12 @@ def prepare_workdir(plan: WorkdirPlan, recipe_name: str, recipe_module: str | No
 
 
 def read_figures(workdir: Path) -> dict[str, float] | None:
-    """The figures of merit of a finished run, ``None`` where it has none yet."""
+    """The figures of merit of a finished run, ``None`` where it has none that can be read."""
     try:
         figures = json.loads((workdir / "evaluation.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, RecursionError, ValueError):
         return None
-    return figures if isinstance(figures, dict) else None
+    return figures if isinstance(figures, dict) and are_numbers(figures.values()) else None
 
 
 @contextlib.contextmanager

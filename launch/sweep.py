@@ -131,7 +131,10 @@ def _jobs_of(
 
 def _all_figures(workdir: Path) -> dict[str, float]:
     """Figures of merit, and of the last log point what is not among them."""
-    rows = read_metrics(workdir / "metrics.jsonl")
+    try:
+        rows = read_metrics(workdir / "metrics.jsonl")
+    except ValueError as error:
+        raise UserError(str(error)) from None
     return {**(rows[-1] if rows else {}), **(read_figures(workdir) or {})}
 
 

@@ -87,7 +87,8 @@ def _train(
     ]
     for checkpointer in checkpointers:
         checkpointer.set_aside(step)
-    writers = [MetricsWriter(plan.path, resume_step=step) for plan in plans]
+    log_every = configs[0].log_every
+    writers = [MetricsWriter(plan.path, resume_step=step, log_every=log_every) for plan in plans]
     console.print(f"{len(plans)} seeds together, from step {step}", highlight=False)
     try:
         with StopSignal() as stop_signal:

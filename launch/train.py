@@ -339,7 +339,9 @@ def _train(
         checkpointer.set_aside(step)
         is_done = step == config.num_steps
         console.print(f"{'finished at' if is_done else 'going on from'} step {step}")
-    writer = MetricsWriter(workdir, resume_step=step) if is_first else None
+    writer = (
+        MetricsWriter(workdir, resume_step=step, log_every=config.log_every) if is_first else None
+    )
     progress = RunProgress(console, num_steps=config.num_steps, first_step=step, names=run.progress)
 
     def on_log(step: int, metrics: dict[str, float], steps_per_second: float) -> None:

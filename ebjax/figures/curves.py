@@ -60,8 +60,8 @@ def training_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
       rows: log points, as ``read_metrics`` gives them.
     """
     names = list(dict.fromkeys(name for row in rows for name in row if name != "step"))
-    num_columns = min(3, len(names))
-    num_rows = math.ceil(len(names) / num_columns)
+    num_columns = min(3, len(names)) or 1
+    num_rows = math.ceil(len(names) / num_columns) or 1
     figure = Figure(figsize=(3.6 * num_columns, 2.2 * num_rows), dpi=110)
     panels = np.atleast_1d(figure.subplots(num_rows, num_columns)).ravel()
     for axes, name in zip(panels, names, strict=False):

@@ -90,9 +90,15 @@ class Checkpointer:
         self._config = dict(config or {})
         self._keep_last, self._keep_best, self._best_name = keep_last, keep_best, best_name
         self._metrics: dict[int, dict[str, float]] = {}
+        self._is_read_only = read_only
+        self._manager = self._open()
+        for step in self.steps():
+            self._metrics[step] = _numbers((self.about(step) or {}).get("metrics"))
+
+    def _open(self) -> ocp.CheckpointManager:
         # That a folder is only read is what was asked for, and no reason for a warning.
-        with _level(logging.getLogger("absl"), logging.ERROR if read_only else None):
-            self._manager = ocp.CheckpointManager(
+        with _level(logging.getLogger("absl"), logging.ERROR if self._is_read_only else None):
+            return ocp.CheckpointManager(
                 self._directory,
                 item_handlers={
                     "state": ocp.StandardCheckpointHandler(),
@@ -100,13 +106,18 @@ class Checkpointer:
                 },
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=_Keep(self._kept_steps),
-                    cleanup_tmp_directories=not read_only,
-                    create=not read_only,
-                    read_only=read_only,
+                    cleanup_tmp_directories=not self._is_read_only,
+                    create=not self._is_read_only,
+                    read_only=self._is_read_only,
+                    # What one damaged checkpoint says of itself must not hide the others.
+                    lightweight_initialize=True,
                 ),
             )
-        for step in self.steps():
-            self._metrics[step] = (self.about(step) or {}).get("metrics", {})
+
+    def _reopen(self) -> None:
+        """Looks at the folder anew."""
+        self._manager.close()
+        self._manager = self._open()
 
     def steps(self) -> list[int]:
         """Steps that were saved, oldest first."""
@@ -201,7 +212,7 @@ class Checkpointer:
                 state = self._restore(candidate, like)
                 if state is not None:
                     return candidate, state
-            self._manager.reload()
+            self._reopen()
             if step is not None or self.steps() == steps:
                 break
             steps = self.steps()
@@ -260,7 +271,7 @@ class Checkpointer:
             self._metrics.pop(newer, None)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("set_aside")
-        self._manager.reload()
+        self._reopen()
 
     def wait(self) -> None:
         """Returns when everything saved is on disk.
@@ -308,6 +319,13 @@ def _reason(error: Exception) -> str:
     """What the operating system said, where the long sentence of the storage has it."""
     code = re.search(r"os_error_code='(\d+)'", str(error))
     return os.strerror(int(code[1])) if code else _first_line(error)
+
+
+def _numbers(values: Any) -> dict[str, float]:
+    """Metrics as they were saved, without what damage has made of them."""
+    if not isinstance(values, dict):
+        return {}
+    return {name: value for name, value in values.items() if isinstance(value, float)}
 
 
 def _older(like: PyTree, saved: PyTree) -> PyTree:

@@ -7,21 +7,33 @@ stopped and resumed writes the same lines as one which was not. Speed goes to Te
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-__all__ = ["MetricsWriter", "read_metrics"]
+__all__ = ["MetricsWriter", "are_numbers", "read_metrics"]
 
+_log = logging.getLogger(__name__)
 _FLUSH_SECONDS = 10.0
+
+
+def are_numbers(values: Iterable[Any]) -> bool:
+    """Whether all of what was read from JSON are numbers that a float holds."""
+    return all(
+        isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**1023)
+        for value in values
+    )
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
     """Reads ``metrics.jsonl``; a last line cut short by a kill is left out.
 
     Raises:
-      ValueError: naming the line that is not a JSON object with a step.
+      ValueError: naming the line that is not a JSON object of numbers, or whose step is not larger
+        than that of the line before.
     """
     rows = []
     # Bytes that are not text make a line that is not JSON.
@@ -31,13 +43,21 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
             continue
         try:
             row = json.loads(line)
-            is_row = isinstance(row, dict) and type(row.get("step")) is int
-        except ValueError:
+            is_row = (
+                isinstance(row, dict)
+                and type(row.get("step")) is int
+                and row["step"] > (rows[-1]["step"] if rows else -1)
+                and are_numbers(row.values())
+            )
+        except (RecursionError, ValueError):
             is_row = False
         if not is_row:
             if number == len(lines):  # no newline after it: the writer was stopped in the middle
                 break
-            raise ValueError(f"{path}, line {number} is not a JSON object with a step.") from None
+            raise ValueError(
+                f"{path}, line {number} is not a JSON object with a step, larger than the one "
+                "before, and numbers."
+            )
         rows.append(row)
     return rows
 
@@ -49,17 +69,29 @@ class MetricsWriter:
       workdir: the run directory.
       resume_step: the step that the run goes on from; later lines, written by a run that was
         killed after its last checkpoint, are dropped.
+      log_every: steps between lines; with it, lines that are missing before ``resume_step`` are a
+        warning.
     """
 
-    def __init__(self, workdir: str | Path, *, resume_step: int = 0):
+    def __init__(self, workdir: str | Path, *, resume_step: int = 0, log_every: int | None = None):
         self.path = Path(workdir) / "metrics.jsonl"
+        self._log_every = log_every
         self._open(resume_step)
 
     def _open(self, last_step: int) -> None:
         """Drops what is later than a step and opens both files at their ends."""
         rows = read_metrics(self.path) if self.path.exists() else []
-        kept = (json.dumps(row) + "\n" for row in rows if row["step"] <= last_step)
-        _write_atomically(self.path, kept)
+        rows = [row for row in rows if row["step"] <= last_step]
+        logged = rows[-1]["step"] if rows else 0
+        # A run that was stopped may have saved a step that is not one to be logged.
+        if self._log_every and logged < last_step - last_step % self._log_every:
+            _log.warning(
+                "%s ends at step %d, and the run goes on from step %d; the lines between are lost.",
+                self.path,
+                logged,
+                last_step,
+            )
+        _write_atomically(self.path, (json.dumps(row) + "\n" for row in rows))
         self._file = self.path.open("a", encoding="utf-8")
         # tensorboardX's own writer has a thread, which dies on a full disk and lets the run hang.
         from tensorboardX.event_file_writer import EventsWriter

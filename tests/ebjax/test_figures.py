@@ -74,6 +74,11 @@ def test_training_curves_have_a_panel_for_each_metric():
     assert {axes.get_title(loc="left") for axes in panels(figure)} == {"loss", "tv"}
 
 
+@pytest.mark.parametrize("rows", [[], [{"step": 5}]])
+def test_training_curves_of_nothing_are_blank(rows):
+    assert panels(figures.training_curves(rows)) == []
+
+
 def test_roc_curves_are_those_of_the_scores():
     scores = {"noise": ([0.0, 1.0], [2.0, 3.0]), "near": ([0.0, 2.0], [1.0, 3.0])}
     axes = figures.roc_curves(scores).axes[0]

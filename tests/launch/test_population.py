@@ -81,6 +81,23 @@ def test_the_best_is_a_run_and_a_stopped_population_goes_on(density, tmp_path, c
     assert again["rounds"] == written["rounds"]
     call(*other, "--quantile=0.5", code=2)
     assert "quantile" in capsys.readouterr().err
+    path = tmp_path / "other" / "population.json"
+    text = path.read_text()
+    for damaged in (
+        text[: len(text) // 2],
+        "[1]",
+        100_000 * "[",
+        json.dumps({**joined, "rounds": 3}),
+        json.dumps({**joined, "rounds": [{"step": 10}]}),
+        json.dumps({**joined, "rounds": [{**joined["rounds"][0], "figures": {"kl": ["low"]}}]}),
+        json.dumps({**joined, "rounds": [{**joined["rounds"][0], "parents": None}]}),
+    ):
+        path.write_text(damaged)
+        call(*other, code=2)
+        err = capsys.readouterr().err
+        assert f"{path} cannot be read" in err
+        assert err.count("\n") == 1
+        assert path.read_text() == damaged
 
 
 def test_a_line_of_descent_follows_parents():

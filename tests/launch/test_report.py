@@ -149,7 +149,7 @@ def test_damage_is_a_sentence(finished_copy, tmp_path, capsys, name, contents, w
 def test_values_that_are_not_numbers_are_shown(finished_copy, tmp_path):
     figures = {"nan": np.nan, "text": "lost", "none": None}
     (finished_copy / "evaluation.json").write_text(json.dumps(figures))
-    rows = [{"step": 1, "loss": np.nan, "x": "lost"}, {"step": 2, "loss": np.inf, "x": 1e-9}]
+    rows = [{"step": 1, "loss": np.nan, "x": 3}, {"step": 2, "loss": np.inf, "x": 1e-9}]
     rows += [{"step": 3, "loss": 1.0, "x": 1e9}]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (finished_copy / "metrics.jsonl").write_text(lines)

@@ -116,6 +116,20 @@ def test_the_best_mean_is_first_and_nothing_is_repeated(base, counted, tmp_path,
     assert len(counted) == 4
     written = json.loads((folder / "sweep.json").read_text())
     assert [row["settings"]["ema_decay"] for row in written["rows"]] == [0.9 - best, best]
+    # Figures that damage has made of something else are made again; lost lines are a sentence.
+    run_folder = folder / "ema_decay=0.9-1"
+    figures = (run_folder / "evaluation.json").read_bytes()
+    for damaged in (b"{", b"[1]", b'{"x": "low"}', b'{"x": null}', 100_000 * b"["):
+        (run_folder / "evaluation.json").write_bytes(damaged)
+        call(*base, *grid)
+        assert counted.pop() == counted[3]
+        assert (run_folder / "evaluation.json").read_bytes() == figures
+    metrics = (run_folder / "metrics.jsonl").read_bytes()
+    (run_folder / "metrics.jsonl").write_bytes(b"[1]\n" + metrics)
+    capsys.readouterr()
+    call(*base, *grid, code=2)
+    assert capsys.readouterr().err.count("metrics.jsonl, line 1 is not a JSON object") == 1
+    (run_folder / "metrics.jsonl").write_bytes(metrics)
     # More values and longer runs are the only ones that are made; the metric may be a log point's.
     call(*base, "--grid.ema_decay=0.0,0.5", "--metric=loss")
     assert len(counted) == 5

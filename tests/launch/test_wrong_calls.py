@@ -2,6 +2,7 @@
 
 import json
 import re
+import zlib
 
 import numpy as np
 import pytest
@@ -109,6 +110,15 @@ def test_a_config_file_that_cannot_be_loaded_is_refused(refuse, tmp_path, text, 
     sentence = refuse("train", f"--config={path}", f"--workdir={tmp_path / 'run'}")
     assert all(word in sentence for word in words), sentence
     assert "Traceback" not in sentence
+
+
+@pytest.mark.parametrize("text", ["def recipe(:", "1 / 0", "recipe = 3", "import nosuchmodule"])
+def test_a_recipe_module_that_cannot_be_loaded_is_refused(refuse, tmp_path, monkeypatch, text):
+    name = f"mine_{zlib.crc32(text.encode())}"
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    args = ["--config=hypergrid", f"--recipe_module={name}", f"--workdir={tmp_path / 'run'}"]
+    assert f"recipe_module is '{name}'" in refuse("train", *args)
 
 
 def test_a_workdir_that_cannot_be_used_is_refused(refuse, tmp_path):
@@ -278,6 +288,16 @@ def test_help_of_a_config_explains_its_fields(config, capsys):
     for name in ("num_steps", "batch_size", "log_every", "checkpoint_every", "hidden_features"):
         assert re.search(rf"^  {name} = .+: \w+", out, re.MULTILINE), name
     assert not re.search(r"^  \w+ = .*: $", out, re.MULTILINE)  # a field without a line of help
+
+
+def test_a_field_may_stand_before_the_config(capsys):
+    args = ["--config.side=9", "--config.hidden_features=(7,)", "--config=hypergrid", "--help"]
+    with pytest.raises(SystemExit) as exit_:
+        train.main(["launch.train", *args])
+    assert exit_.value.code == 0
+    out = capsys.readouterr().out
+    assert "side = 9: " in out
+    assert "hidden_features = (7,): " in out
 
 
 def test_a_second_call_in_one_process_starts_anew(finished, tmp_path, capsys):

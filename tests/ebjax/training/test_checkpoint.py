@@ -1,6 +1,7 @@
 """Checkpoints: what is kept, what is skipped, what is refused, and nothing lost on the way."""
 
 import contextlib
+import json
 import logging
 import resource
 import shutil
@@ -141,6 +142,28 @@ def test_a_damaged_newest_checkpoint_is_skipped_and_set_aside(folder, caplog, da
     checkpointer.save(3, STATE)  # its place is free again
     checkpointer.close()
     assert Checkpointer(folder, read_only=True).restore(STATE)[0] == 3
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", '{"metrics": [1]}', 100_000 * "["])
+def test_a_checkpoint_that_is_wrong_about_itself_hides_no_other(folder, text):
+    """Also where a reader looks again, and where one older than the newest is the damaged one."""
+    (folder / "2" / "_CHECKPOINT_METADATA").write_text(text)
+    checkpointer = Checkpointer(folder, keep_last=3)
+    assert checkpointer.restore(STATE)[0] == 3
+    with pytest.raises(ValueError, match=r"The checkpoint 2 in .* cannot be read"):
+        checkpointer.restore(STATE, 2)
+    checkpointer.set_aside(1)
+    assert checkpointer.steps() == [1]
+    checkpointer.save(2, STATE)
+    checkpointer.close()
+    assert Checkpointer(folder, read_only=True).restore(STATE)[0] == 2
+
+
+@pytest.mark.parametrize("metrics", ["text", [1], None, {"score": "low"}, {"score": 10**400}])
+def test_a_checkpoint_of_damaged_metrics_is_not_the_best(folder, metrics):
+    path = folder / "1" / "about" / "metadata"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "metrics": metrics}))
+    assert Checkpointer(folder, read_only=True).best_step("score") == 2
 
 
 def test_all_damaged_is_an_error(folder):

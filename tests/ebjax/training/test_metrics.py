@@ -1,6 +1,8 @@
 """metrics.jsonl: what is written, what a resumed run drops, what is refused."""
 
 import json
+import logging
+import math
 
 import pytest
 
@@ -23,6 +25,23 @@ def test_one_object_a_line_with_step_and_loss(tmp_path):
     ]
     assert read_metrics(tmp_path / "metrics.jsonl") == [json.loads(line) for line in lines]
     assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_numbers_that_are_not_finite_are_numbers(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "a": NaN, "b": -Infinity, "c": 3}\n')
+    ((step, a, b, c),) = (row.values() for row in read_metrics(path))
+    assert (step, math.isnan(a), b, c) == (0, True, -math.inf, 3)
+
+
+@pytest.mark.parametrize(
+    ("resume_step", "is_lost"), [(10, False), (12, False), (14, False), (15, True), (40, True)]
+)
+def test_lines_that_are_missing_are_a_warning(tmp_path, caplog, resume_step, is_lost):
+    _write(tmp_path, [5, 10])
+    with caplog.at_level(logging.WARNING, "ebjax"):
+        MetricsWriter(tmp_path, resume_step=resume_step, log_every=5).close()
+    assert ("ends at step 10" in caplog.text) == is_lost
 
 
 @pytest.mark.parametrize("tail", ['{"step": 15, "lo', "{", '{"step": 15, "loss": 1.0'])
@@ -48,7 +67,19 @@ def test_lines_after_the_step_of_the_checkpoint_are_dropped(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", [b"not json", b"[1, 2]", b'{"loss": 1}', b'{"step": "5"}', b"\xff"]
+    "line",
+    [
+        b"not json",
+        b"[1, 2]",
+        b'{"loss": 1}',
+        b'{"step": "5"}',
+        b"\xff",
+        b'{"step": 6, "loss": "1.0"}',
+        b'{"step": 6, "loss": null}',
+        b'{"step": 6, "loss": 1' + 400 * b"0" + b"}",
+        b'{"step": 5, "loss": 1.0}',  # not later than the line before
+        100_000 * b"[",
+    ],
 )
 def test_a_malformed_line_is_named(tmp_path, line):
     _write(tmp_path, [5])

@@ -66,27 +66,34 @@ class UserError(ValueError):
     """Something that the user can mend; its text is one sentence for them."""
 
 
-def find_recipe(name: str, module: str | None = None) -> Recipe:
+def find_recipe(name: str, module: str | None = None, *, origin: str = "") -> Recipe:
     """The recipe of a config: a built-in one by name, or ``module.recipe`` of a user's module.
+
+    Args:
+      name: its name.
+      module: where a user's own recipe is.
+      origin: where both stand, to open the sentence of an error with.
 
     Raises:
       UserError: if there is no such recipe.
     """
     if module is None and name not in RECIPES:
         raise UserError(
-            f"recipe is {name!r}; it must be one of {', '.join(RECIPES)}, or --recipe_module must "
-            "name the Python module that defines it."
+            f"{origin}recipe is {name!r}; it must be one of {', '.join(RECIPES)}, or "
+            "--recipe_module must name the Python module that defines it."
         )
     module = RECIPES[name] if module is None else module
     try:
         recipe = importlib.import_module(module).recipe
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+    except Exception as error:  # The module is the user's Python.
         raise UserError(
-            f"recipe_module is {module!r}; it must be an importable module that defines 'recipe' "
-            f"({error})."
+            f"{origin}recipe_module is {module!r}; it must be an importable module that defines "
+            f"'recipe' ({type(error).__name__}: {error})."
         ) from None
     if not isinstance(recipe, Recipe):
-        raise UserError(f"recipe_module is {module!r}; its 'recipe' must be an ebjax.types.Recipe.")
+        raise UserError(
+            f"{origin}recipe_module is {module!r}; its 'recipe' must be an ebjax.types.Recipe."
+        )
     return recipe
 
 
@@ -148,7 +155,7 @@ def read_config(workdir: Path) -> dict[str, Any]:
             f"workdir is {workdir}, which holds no run (no config.json); give the --workdir of a "
             "launch.train."
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}).") from None
     if not isinstance(settings, dict) or not isinstance(settings.get("recipe"), str):
         raise UserError(f"{path} is not the config of a run: it is no object with a 'recipe'.")
@@ -186,8 +193,12 @@ def load_run(
     """
     path = find_workdir(workdir)
     settings = read_config(path)
-    recipe = find_recipe(settings["recipe"], recipe_module or settings.get("recipe_module"))
-    config = make_config(recipe, settings, origin=f"{path / 'config.json'}: ")
+    origin = f"{path / 'config.json'}: "
+    if recipe_module is None:
+        recipe = find_recipe(settings["recipe"], settings.get("recipe_module"), origin=origin)
+    else:
+        recipe = find_recipe(settings["recipe"], recipe_module)
+    config = make_config(recipe, settings, origin=origin)
     try:
         run = recipe.build(config)
     except ValueError as error:

@@ -35,7 +35,7 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
       ValueError: naming the line that is not a JSON object of numbers, or whose step is not larger
         than that of the line before.
     """
-    rows = []
+    rows: list[dict[str, float]] = []
     # Bytes that are not text make a line that is not JSON.
     lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, 1):

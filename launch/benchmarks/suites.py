@@ -555,6 +555,7 @@ def _rbm() -> Suite:
             Variant(
                 "ebjax-2-devices", "rbm", "ebjax_updates", options | {"num_devices": 2}, 200, 2
             ),
+            Variant("products-and-draws", "rbm", "products_and_draws", options, 200),
             Variant("sklearn", "rbm", "sklearn_updates", options, 200),
         ),
         (Comparison("ebjax", "sklearn", 3.0),),

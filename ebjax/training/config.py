@@ -12,6 +12,9 @@ from ebjax.parallel import BACKENDS
 __all__ = ["TrainingConfig", "check_at_least", "check_between", "check_widths", "setting"]
 
 
+_LARGEST_FLOAT = 3.4028234663852886e38  # of 32 bits
+
+
 def setting(default: Any, help: str = "", *, follows: str | None = None) -> Any:
     """A dataclass field with a default and a line of help for the command line.
 
@@ -21,6 +24,27 @@ def setting(default: Any, help: str = "", *, follows: str | None = None) -> Any:
     declared again, with another default and without help, keeps the help that it had.
     """
     return dataclasses.field(default=default, metadata={"help": help, "follows": follows})
+
+
+def _check_type(name: str, value: Any, default: Any) -> None:
+    """Raises ``ValueError`` unless a value has the type of a default, and numbers fit 32 bits."""
+    if type(value) is not type(default) and not (isinstance(default, float) and _is_number(value)):
+        raise ValueError(f"{name} is {value!r}; it must be of type {type(default).__name__}.")
+    entries = value if isinstance(value, tuple) else (value,)
+    if isinstance(default, tuple) and default:
+        kind = type(default[0])
+        if any(type(entry) is not kind for entry in entries):
+            raise ValueError(f"{name} is {value!r}; its entries must be of type {kind.__name__}.")
+    for entry in filter(_is_number, entries):
+        if isinstance(entry, float) or isinstance(default, float):
+            if not abs(entry) <= _LARGEST_FLOAT:
+                raise ValueError(f"{name} is {value!r}; it must be finite, as a number of 32 bits.")
+        elif name != "seed" and not -(2**31) <= entry < 2**31:
+            raise ValueError(f"{name} is {value!r}; it must be an integer of 32 bits.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_at_least(config: Any, minimum: float, *names: str) -> None:
@@ -95,27 +119,19 @@ class TrainingConfig:
                 kept = inherited[name].metadata["help"]
                 field.metadata = types.MappingProxyType({**field.metadata, "help": kept})
 
+    def __new__(cls, **settings: Any) -> TrainingConfig:
+        """Checks types, before a subclass looks at the values."""
+        for field in dataclasses.fields(cls):
+            if field.name in settings:
+                _check_type(field.name, settings[field.name], field.default)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
-        """Checks types and ranges."""
+        """Fills in fields that follow others, and checks ranges."""
         for field in dataclasses.fields(self):
             followed = field.metadata.get("follows")
             if followed is not None and getattr(self, field.name) == -1:
                 object.__setattr__(self, field.name, getattr(self, followed))
-            value: Any = getattr(self, field.name)
-            default: Any = field.default
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if isinstance(default, float) and is_number:
-                continue
-            if type(value) is not type(default):
-                raise ValueError(
-                    f"{field.name} is {value!r}; it must be of type {type(default).__name__}."
-                )
-            if isinstance(default, tuple) and default:
-                kind = type(default[0])
-                if any(type(entry) is not kind for entry in value):
-                    raise ValueError(
-                        f"{field.name} is {value!r}; its entries must be of type {kind.__name__}."
-                    )
         check_between(self, 0, 2**32 - 1, "seed")  # what a key holds; more would repeat itself
         check_at_least(self, 0, "keep_best", "num_devices", "loss_limit", "max_rollbacks")
         check_at_least(

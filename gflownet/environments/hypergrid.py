@@ -27,6 +27,8 @@ from gflownet.types import Environment
 
 __all__ = ["HypergridState", "hypergrid"]
 
+_MAX_ENTRIES = 1_000_000
+
 
 class HypergridState(NamedTuple):
     """``position`` [D] int32 and ``stopped`` [] bool."""
@@ -83,12 +85,23 @@ def hypergrid(
             f"reward_outer is {reward_outer} and reward_ring {reward_ring}; "
             "neither may be negative."
         )
+    if dim * side > _MAX_ENTRIES:
+        raise ValueError(
+            f"dim is {dim} and side {side}; their product, the length of an observation, may be at "
+            f"most {_MAX_ENTRIES}."
+        )
     outer, ring = reward_tables(side)
-    z = (
-        reward_floor * side**dim
-        + reward_outer * int(outer.sum()) ** dim
-        + reward_ring * int(ring.sum()) ** dim
-    )
+    # In logarithms: H^D itself is beyond a float for D of some hundreds.
+    log_terms = [
+        math.log(reward) + dim * math.log(count)
+        for reward, count in (
+            (reward_floor, side),
+            (reward_outer, int(outer.sum())),
+            (reward_ring, int(ring.sum())),
+        )
+        if reward and count
+    ]
+    log_z = float(np.logaddexp.reduce(log_terms))
     stop = dim
     weights = side ** np.arange(dim)
 
@@ -148,5 +161,5 @@ def hypergrid(
         stop_action=stop,
         enumerate=enumerate_states if is_small else None,
         state_index=state_index if is_small else None,
-        log_z=math.log(z),
+        log_z=log_z,
     )

@@ -126,6 +126,7 @@ def test_reward_does_not_depend_on_parameters():
         ({"reward_floor": float("nan")}, "reward_floor is nan"),
         ({"reward_outer": -1.0}, "reward_outer is -1.0"),
         ({"reward_ring": -2.0}, "reward_ring -2.0"),
+        ({"dim": 10**9}, "dim is 1000000000 and side 8; their product"),
     ],
 )
 def test_errors_name_the_value(options, value):
@@ -140,6 +141,9 @@ def test_large_grids_are_not_enumerated():
     assert environment.log_z == pytest.approx(
         math.log(0.001 * 20.0**10 + 0.5 * 10.0**10 + 2.0 * 4.0**10)
     )
+    # The floor alone: what is added weighs 2^-D and 4^-D of it, and 8^D is beyond a float.
+    log_z = hypergrid(dim=400, side=8).log_z
+    assert log_z == pytest.approx(math.log(0.001) + 400 * math.log(8.0), rel=1e-12)
     assert hypergrid(dim=2, side=8, max_enumerated=127).enumerate is None
     assert hypergrid(dim=2, side=8, max_enumerated=128).enumerate is not None
 

@@ -11,6 +11,12 @@ from ebjax.training import TrainingConfig, choose_devices, setting
 class Config(TrainingConfig):
     widths: tuple[int, ...] = setting((8,), "widths")
     decay_steps: int = setting(-1, "steps", follows="num_steps")
+    kind: str = setting("this", "kind")
+
+    def __post_init__(self):
+        if self.kind not in {"this"}:  # asks for a hash before the base class looks
+            raise ValueError(f"kind is {self.kind!r}; it must be this.")
+        super().__post_init__()
 
 
 @pytest.mark.parametrize(
@@ -36,6 +42,13 @@ class Config(TrainingConfig):
         ({"widths": 8}, "widths is 8; it must be of type tuple"),
         ({"widths": (8, "a")}, "widths is .*; its entries must be of type int"),
         ({"widths": (8, 1.5)}, "widths is .*; its entries must be of type int"),
+        ({"batch_size": 2**31}, "batch_size is 2147483648; it must be an integer of 32 bits"),
+        ({"widths": (8, -(10**400))}, "widths is .*; it must be an integer of 32 bits"),
+        ({"loss_limit": float("inf")}, "loss_limit is inf; it must be finite"),
+        ({"loss_limit": 10**400}, "loss_limit is 10000.*; it must be finite, as a number of 32"),
+        ({"loss_limit": 1e39}, "loss_limit is 1e[+]39; it must be finite"),
+        ({"kind": {}}, "kind is {}; it must be of type str"),
+        ({"kind": "other"}, "kind is 'other'; it must be this"),
     ],
 )
 def test_impossible_values_are_refused(settings, sentence):

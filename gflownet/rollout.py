@@ -18,8 +18,10 @@ __all__ = ["backward_rollout", "forward_rollout"]
 
 
 # Once half of the lanes have nothing left to do, the others go on in a program of half the width.
+# Each width is compiled by itself, which pays where some trajectories can be much longer than most.
 MIN_LANES = 4
 MAX_PHASES = 3
+MIN_LENGTH = 32
 
 
 class _Step(NamedTuple):
@@ -145,7 +147,7 @@ def _roll(keys, environment: Environment, start, transition, *, extra_step: bool
         return environment.forward_mask(state).any()
 
     t = jnp.zeros((), jnp.int32)
-    sizes = _lane_counts(batch_size)
+    sizes = _lane_counts(environment, batch_size)
     for size, next_size in zip(sizes, [*sizes[1:], 0], strict=True):
         # The lanes that go on come first; the others wait outside of the loop.
         order = jnp.argsort(~lanes.goes_on, stable=True)
@@ -172,9 +174,11 @@ def _take(tree: PyTree, index, *, axis: int) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[(slice(None),) * axis + (index,)], tree)
 
 
-def _lane_counts(batch_size: int) -> list[int]:
+def _lane_counts(environment: Environment, batch_size: int) -> list[int]:
     """How many trajectories are evaluated together: fewer once most have ended."""
     sizes = [batch_size]
+    if environment.stop_action is None or environment.max_length < MIN_LENGTH:
+        return sizes
     while sizes[-1] >= 2 * MIN_LANES and len(sizes) < MAX_PHASES:
         sizes.append(sizes[-1] // 2)
     return sizes

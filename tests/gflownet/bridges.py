@@ -16,11 +16,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from scipy.special import expit
 
 from ebjax.types import Target
-from gflownet import backward_rollout, forward_rollout, rollout
+from gflownet import backward_rollout, forward_rollout
 from gflownet.policies import mixture_policy
 from gflownet.scoring import score
 from gflownet.types import Trajectories
@@ -155,8 +154,3 @@ def constant_target(dim: int, side: float = 1.0) -> Target:
 def draws_of(target: Target, count: int = 4096, seed: int = 9) -> jax.Array:
     """[N, D] exact draws."""
     return jax.jit(jax.vmap(target.sample))(jax.random.split(jax.random.key(seed), count))
-
-
-def one_phase(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rollouts in one loop instead of three, which compile in a third of the time."""
-    monkeypatch.setattr(rollout, "MAX_PHASES", 1)

@@ -11,7 +11,6 @@ from bridges import (
     check_walks,
     constant_target,
     draws_of,
-    one_phase,
     small_policy,
     walk,
 )
@@ -33,9 +32,7 @@ def stopped_at(x):
 
 @pytest.fixture(scope="module")
 def walks():
-    with pytest.MonkeyPatch.context() as patch:
-        one_phase(patch)
-        return walk(ENVIRONMENT, stopped_at(draws_of(constant_target(2))))
+    return walk(ENVIRONMENT, stopped_at(draws_of(constant_target(2))))
 
 
 def test_contract():

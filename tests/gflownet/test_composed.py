@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bridges import check_walks, constant_target, draws_of, one_phase, walk
+from bridges import check_walks, constant_target, draws_of, walk
 
 from gflownet import exact
 from gflownet.environments import (
@@ -169,9 +169,7 @@ def mixed_ends(count=4096):
 @pytest.fixture(scope="module")
 def mixed_walks():
     ends, log_z = mixed_ends()
-    with pytest.MonkeyPatch.context() as patch:
-        one_phase(patch)
-        return walk(mixed_stack(), ends), log_z
+    return walk(mixed_stack(), ends), log_z
 
 
 def test_discrete_part_and_cube(mixed_walks):

@@ -11,7 +11,6 @@ from bridges import (
     check_walks,
     constant_target,
     draws_of,
-    one_phase,
     small_policy,
     walk,
 )
@@ -43,9 +42,7 @@ def walks():
     environment = with_active(cube(constant_target(3), min_increment=M), ACTIVE)
     x = jnp.where(ACTIVE, draws_of(constant_target(3)), 0.0)
     yes = jnp.ones(len(x), bool)
-    with pytest.MonkeyPatch.context() as patch:
-        one_phase(patch)
-        return walk(environment, CubeState(x, jnp.broadcast_to(ACTIVE, x.shape), yes, yes))
+    return walk(environment, CubeState(x, jnp.broadcast_to(ACTIVE, x.shape), yes, yes))
 
 
 def test_walks_both_ways(walks):

@@ -13,7 +13,6 @@ from small_environments import exact_tables, random_tables, tabular, tabulate
 from test_local_search import all_moves, target, transition_matrix
 
 from ebjax.training import train
-from gflownet import rollout
 from gflownet.environments.sequences import sequence_index, sequences
 from gflownet.objectives import trajectory_balance
 from gflownet.objectives.energy_based_flow import energy_based_flow, rising_steps
@@ -28,12 +27,6 @@ ENERGIES = np.random.default_rng(0).standard_normal(2**NUM_BITS)
 # The law of the data, unlike that of the energy.
 DATA_LAW = np.random.default_rng(1).dirichlet(np.ones(2**NUM_BITS))
 KEYS = jax.random.split(jax.random.key(0), BATCH)
-
-
-@pytest.fixture(autouse=True)
-def one_phase(monkeypatch):
-    """Rollouts as one loop, which compiles in a third of the time."""
-    monkeypatch.setattr(rollout, "MAX_PHASES", 1)
 
 
 @functools.cache

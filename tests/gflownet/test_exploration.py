@@ -21,7 +21,7 @@ from small_environments import (
     tabulate,
 )
 
-from gflownet import MaskedCategorical, exact, rollout
+from gflownet import MaskedCategorical, exact
 from gflownet.environments import hypergrid
 from gflownet.exploration import exploring_policy
 from gflownet.policies import mlp_policy, tabular_policy
@@ -30,12 +30,6 @@ from gflownet.sampling import forward_sampler
 
 FIVE_SIGMA = 2 * stats.norm.sf(5)
 NUM = 8000
-
-
-@pytest.fixture(autouse=True)
-def one_phase(monkeypatch):
-    """Rollouts as one loop, which compiles in a third of the time."""
-    monkeypatch.setattr(rollout, "MAX_PHASES", 1)
 
 
 # Behaviour policies

@@ -20,19 +20,12 @@ from small_environments import (
     tabulate,
 )
 
-from gflownet import rollout
 from gflownet.environments import hypergrid
 from gflownet.local_search import back_and_forth, local_search_sampler
 from gflownet.objectives import trajectory_balance
 from gflownet.sampling import backward_sampler, forward_sampler
 
 FIVE_SIGMA = 2 * stats.norm.sf(5)
-
-
-@pytest.fixture(autouse=True)
-def one_phase(monkeypatch):
-    """Rollouts as one loop, which compiles in a third of the time."""
-    monkeypatch.setattr(rollout, "MAX_PHASES", 1)
 
 
 @functools.cache

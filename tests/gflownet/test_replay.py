@@ -12,7 +12,7 @@ from scipy import stats
 from small_environments import exact_tables, random_tables, sets, tabular, tabulate
 
 from ebjax.training import Checkpointer, init_state, train
-from gflownet import rollout, score
+from gflownet import score
 from gflownet.objectives import trajectory_balance
 from gflownet.recipes.hypergrid import HypergridConfig, build
 from gflownet.replay import (
@@ -26,12 +26,6 @@ from gflownet.replay import (
 from gflownet.sampling import backward_sampler, forward_sampler, mixed_sampler
 
 FIVE_SIGMA = 2 * stats.norm.sf(5)
-
-
-@pytest.fixture(autouse=True)
-def one_phase(monkeypatch):
-    """Rollouts as one loop, which compiles in a third of the time."""
-    monkeypatch.setattr(rollout, "MAX_PHASES", 1)
 
 
 # Buffers

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,11 +22,18 @@ from small_environments import (
     tabulate,
 )
 
-from gflownet import backward_rollout, exact, forward_rollout
+from gflownet import backward_rollout, exact, forward_rollout, rollout
 
 # The grid of three dimensions, slow to compile, is in the laws of the objectives as well.
 FEW = ["hypergrid_2x5", "sets_5_3", "diamond"]
 FIVE_SIGMA = 2 * stats.norm.sf(5)
+
+
+@pytest.fixture(autouse=True)
+def in_phases(monkeypatch):
+    """Ever fewer lanes, as long trajectories are drawn, though these are short."""
+    counts = lambda environment, size: [size, size // 2, size // 4]  # noqa: E731
+    monkeypatch.setattr(rollout, "_lane_counts", counts)
 
 
 @functools.cache
@@ -406,3 +414,26 @@ def test_backward_path_frequencies():
     assert sum(law) == pytest.approx(1.0)
     assert chi_square(counts, law) > FIVE_SIGMA
     assert chi_square(counts, [law[0], law[2], law[1]]) < FIVE_SIGMA
+
+
+@pytest.mark.parametrize("roll", [forward_rollout, backward_rollout])
+def test_fewer_lanes_draw_the_same(roll, monkeypatch):
+    environment, policy = setting("hypergrid_2x5")
+    params = random_tables(environment, 3)
+    ends = (some_terminal("hypergrid_2x5", 64, seed=4)[1],) if roll is backward_rollout else ()
+
+    def draw():
+        drawn = jax.jit(lambda keys: roll(keys, environment, policy, params, *ends))(keys(5, 64))
+        # What stands behind the end of a trajectory is not part of it.
+        is_part = jnp.arange(environment.max_length + 1)[:, None] <= drawn.length
+        return drawn._replace(
+            states=rollout._select(
+                is_part, drawn.states, jax.tree.map(jnp.zeros_like, drawn.states)
+            ),
+            actions=jnp.where(drawn.valid, drawn.actions, 0),
+        )
+
+    many = draw()
+    monkeypatch.setattr(rollout, "_lane_counts", lambda environment, size: [size])
+    assert len(set(many.length.tolist())) > 4
+    chex.assert_trees_all_close(many, draw(), rtol=1e-6)

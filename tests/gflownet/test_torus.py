@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bridges import check_walks, constant_target, draws_of, one_phase, walk
+from bridges import check_walks, constant_target, draws_of, walk
 
 from gflownet.distributions import MaskedCategorical
 from gflownet.distributions_continuous import ChartedLaw, VonMisesMixture
@@ -75,9 +75,7 @@ def test_walks_both_ways():
     environment = torus(target, num_steps=STEPS)
     x = draws_of(target)
     ends = TorusState(x, jnp.full(len(x), STEPS, jnp.int32))
-    with pytest.MonkeyPatch.context() as patch:
-        one_phase(patch)
-        walks = walk(environment, ends, family="von_mises")
+    walks = walk(environment, ends, family="von_mises")
     check_walks(walks, target.log_z)
     assert (walks.ahead.length == STEPS).all()
 

@@ -44,6 +44,7 @@ class DagsConfig(FlowConfig):
     """Settings of a run on graphs; -1 and 'auto' follow the objective."""
 
     objective: str = setting("mdb")
+    estimates_log_z: bool = setting(True)
     data_path: str = setting(
         "", "numbers [N, d], at most 15 columns, as CSV, .npz or .npy; '': drawn"
     )

@@ -77,6 +77,9 @@ class FlowConfig(TrainingConfig):
     log_z_learning_rate: float = setting(
         0.1, "learning rate of log Z, about 100 times the policy's"
     )
+    estimates_log_z: bool = setting(
+        False, "tb, tlm: log Z starts where trajectories of the first policy put it, and not at 0"
+    )
     epsilon: float = setting(-1.0, "share of uniform exploration at the start", follows="objective")
     epsilon_decay_steps: int = setting(500, "steps over which exploration falls to 0; 0 keeps it")
     temperature: float = setting(

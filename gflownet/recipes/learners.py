@@ -28,6 +28,7 @@ from gflownet.local_search import local_search_sampler
 from gflownet.objectives.target_network import with_target
 from gflownet.policies import mlp_policy, separate_backward
 from gflownet.replay import replay_sampler
+from gflownet.rollout import forward_rollout
 from gflownet.sampling import TrajectorySampler, forward_sampler
 from gflownet.types import Environment, Policy
 
@@ -41,6 +42,7 @@ RESIDUAL_LOSSES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "linex": objectives.linex(),
 }
 _NUM_DRAWS = 1000
+_NUM_FIRST_DRAWS = 64
 
 
 class Learner(NamedTuple):
@@ -163,11 +165,21 @@ def _own_log_z(environment: Environment, policy: Policy):
     return lambda key, params: params["log_z"]
 
 
+def _first_log_z(config: Any, environment: Environment, policy: Policy, params: Params, key):
+    """[] 0, or the log Z of least squared residual: the mean of log R + log P_B - log P_F."""
+    if not config.estimates_log_z:
+        return jnp.zeros(())
+    keys = jax.random.split(jax.random.fold_in(key, 2), _NUM_FIRST_DRAWS)
+    drawn = forward_rollout(keys, environment, policy, params)
+    return (drawn.log_reward + (drawn.log_pb - drawn.log_pf).sum(axis=0)).mean()
+
+
 def _learner(
     build: Callable[[Any, Environment, Policy, dict[str, Any]], Objective],
     *,
     with_flow: bool = False,
     log_z: Callable[[Environment, Policy], Any] = _from_flow,
+    has_log_z: bool = False,
     extra: Callable[[Any, Environment, jax.Array], dict[str, Params]] | None = None,
     progress: str = "log_z",
 ):
@@ -190,6 +202,8 @@ def _learner(
             params = {"policy": policy.init(key, observation)}
             if extra is not None:
                 params |= extra(config, environment, jax.random.fold_in(key, 1))
+            if has_log_z:
+                params["log_z"] = _first_log_z(config, environment, policy, params["policy"], key)
             if config.target_rate:
                 params["target"] = params["policy"]
             return params
@@ -209,11 +223,6 @@ def _learner(
         )
 
     return learner
-
-
-def _zero_log_z(config: Any, environment: Environment, key: jax.Array) -> dict[str, Params]:
-    del config, environment, key
-    return {"log_z": jnp.zeros(())}
 
 
 def _loss(config: Any) -> Callable[[jax.Array], jax.Array]:
@@ -371,7 +380,8 @@ def _trajectory_likelihood(config: Any, environment: Environment) -> Learner:
         own = policy.init(key, environment.observe(environment.initial(key)))
         zeros = jax.tree.map(jnp.zeros_like, own["backward"][last_layer])
         own["backward"] = {**own["backward"], last_layer: zeros}
-        return {"policy": own, "log_z": jnp.zeros(()), "target": own}
+        log_z = _first_log_z(config, environment, policy, own, key)
+        return {"policy": own, "log_z": log_z, "target": own}
 
     def labels(params):
         own = {
@@ -408,7 +418,7 @@ def _trajectory_likelihood(config: Any, environment: Environment) -> Learner:
 
 # (config, environment, make_policy=mlp_of_config) -> Learner; "led" and "tlm" keep the perceptron.
 LEARNERS: dict[str, Callable[..., Learner]] = {
-    "tb": _learner(_trajectory_balance, log_z=_own_log_z, extra=_zero_log_z),
+    "tb": _learner(_trajectory_balance, log_z=_own_log_z, has_log_z=True),
     "vargrad": _learner(_log_partition_variance, log_z=_from_samples),
     "db": _learner(_detailed_balance, with_flow=True),
     "subtb": _learner(_subtrajectory_balance, with_flow=True),

@@ -34,6 +34,7 @@ class PhylogenyConfig(FlowConfig):
     """Settings of a run on trees; -1 and 'auto' follow the objective."""
 
     objective: str = setting("fldb")
+    estimates_log_z: bool = setting(True)
     data_path: str = setting("", "alignment, FASTA or JSON; '': simulated")
     num_species: int = setting(6, "the first so many of the file, 0: all; how many to simulate")
     num_sites: int = setting(300, "simulated: letters of a species")

@@ -36,6 +36,7 @@ class SetsConfig(FlowConfig):
 
     size: str = setting("medium", f"which benchmark: {', '.join(SET_BENCHMARKS)}")
     objective: str = setting("fldb")
+    estimates_log_z: bool = setting(True)
     num_steps: int = setting(900)
     chunk_size: int = setting(256)
     num_evaluated: int = setting(2000, "trajectories when the flow is judged")

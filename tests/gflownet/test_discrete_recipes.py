@@ -143,6 +143,20 @@ def test_sets_of_unseen_graphs_are_large_and_independent(tmp_path):
     assert independent_sets.greedy_size(graphs[0], seed=0) <= independence_number(graphs[0])
 
 
+def test_log_z_starts_where_the_first_policy_puts_it():
+    config = sets.SetsConfig(size="small", objective="tb", hidden_features=(8,))
+    run = sets.build(config)
+    params = jax.jit(run.init)(jax.random.key(0))
+    gap = run.monitor(
+        jax.random.key(1), init_state(run, config)._replace(params=params, ema=params)
+    )["elbo_gap"]
+    # Log-weights of an untrained policy deviate by about 3: 5 standard errors of 64 are 2.
+    assert params["log_z"] == pytest.approx(run.flow.environment.log_z - gap, abs=2.0)
+    assert params["log_z"] > 5.0
+    plain = sets.build(dataclasses.replace(config, estimates_log_z=False))
+    assert jax.jit(plain.init)(jax.random.key(0))["log_z"] == 0.0
+
+
 @pytest.mark.parametrize(
     ("module", "config", "objective"),
     [

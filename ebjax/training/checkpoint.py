@@ -111,6 +111,8 @@ class Checkpointer:
                     read_only=self._is_read_only,
                     # What one damaged checkpoint says of itself must not hide the others.
                     lightweight_initialize=True,
+                    # Else threads wait for minutes, also at exit, for one that cannot be made.
+                    async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
                 ),
             )
 

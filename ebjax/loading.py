@@ -51,6 +51,7 @@ RECIPES = {
     "dags": "gflownet.recipes.dags",
     "diffusion": "gflownet.recipes.diffusion",
     "eb_gfn": "gflownet.recipes.eb_gfn",
+    "eb_gfn_plane": "gflownet.recipes.eb_gfn_plane",
     "hypergrid": "gflownet.recipes.hypergrid",
     "independent_sets": "gflownet.recipes.independent_sets",
     "phylogeny": "gflownet.recipes.phylogeny",

@@ -4,11 +4,8 @@
 
 The data are draws of J = σ A, A the adjacency of a torus, so that a bond counts twice: the critical
 coupling is σ = 0.2203. All D (D - 1) / 2 couplings are learned. Negatives come from the flow, whose
-target is the energy of the moment, or from persistent chains with as many evaluations of it:
-
-    flow                     3 a slot: a trajectory of the flow's loss, both ends of a move
-    gibbs                    chain_steps + 1: single sites, drawn from their conditional laws
-    gibbs_with_gradients     chain_steps + 1, with gradient: single sites where it pays
+target is the energy of the moment, or from persistent chains with as many evaluations of it
+(``gflownet.recipes.eb_gfn_method``).
 
 The figure is -log RMSE(J, σ A) over all D² entries. It says as much of the data as of the method:
 of a finite sample the exact maximum of the likelihood has a figure of its own, and to that a method
@@ -24,7 +21,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -32,16 +28,11 @@ import numpy as np
 
 from ebjax.data import array_source
 from ebjax.energies.lattice import ising_lattice, lattice_edges
-from ebjax.objectives.contrastive_divergence import persistent_contrastive_divergence
-from ebjax.samplers import checkerboard_gibbs, gibbs, gibbs_with_gradients, sample
+from ebjax.samplers import checkerboard_gibbs, gibbs, sample
 from ebjax.samplers.run import run_chain
-from ebjax.training import ScheduleConfig, adam, by_group, check_at_least, check_widths, setting
-from ebjax.types import Flow, Kernel, Params, Recipe, Run, TrainState, bind
-from gflownet.environments.sequences import SequenceState, discrete_energy
-from gflownet.evaluation import evidence_bounds
-from gflownet.objectives.energy_based_flow import energy_based_flow, rising_steps
-from gflownet.policies import mlp_policy
-from gflownet.rollout import forward_rollout
+from ebjax.training import check_at_least, setting
+from ebjax.types import Energy, Kernel, Params, Recipe, Run, TrainState, bind
+from gflownet.recipes.eb_gfn_method import EnergyAndFlowConfig, make_method, random_bits
 
 __all__ = [
     "EBGFlowNetConfig",
@@ -52,63 +43,30 @@ __all__ = [
     "true_couplings",
 ]
 
-_CHAINS: dict[str, Callable[..., Kernel]] = {
-    "gibbs": gibbs,
-    "gibbs_with_gradients": gibbs_with_gradients,
-}
-_NEGATIVES = ("flow", *_CHAINS)
 # Of the chains that draw data, and of those that show what was learned without a flow.
 _NUM_SWEEPS = 500
 _MAX_EXACT_SPINS = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EBGFlowNetConfig(ScheduleConfig):
+class EBGFlowNetConfig(EnergyAndFlowConfig):
     """Settings of the run."""
 
     side: int = setting(4, "sides of the torus, even; up to 4 likelihoods are exact")
     coupling: float = setting(0.2, "coupling of neighbours in the law of the data")
     num_examples: int = setting(2000, "draws to learn from")
     num_held_out: int = setting(2000, "draws to judge by while the run goes on")
-    negatives: str = setting("flow", f"where negatives come from: {', '.join(_NEGATIVES)}")
     l1_weight: float = setting(0.0, "weight of Σ |J| over all entries")
     learning_rate: float = setting(5e-3, "largest learning rate of the couplings (Adam)")
-    policy_learning_rate: float = setting(1e-3, "flow: of the policy")
-    log_z_learning_rate: float = setting(0.1, "flow: of log Z")
-    rising_updates: int = setting(
-        500, "flow: updates over which a move grows from 1 step back to all; 0: all at once"
-    )
-    hidden_features: tuple[int, ...] = setting((128, 128), "flow: widths of the policy's layers")
-    chunk_size: int = setting(512, "flow: states evaluated at a time in the gradient pass")
-    chain_steps: int = setting(2, "gibbs, gibbs_with_gradients: steps of a chain in one update")
-    num_steps: int = setting(2000)
-    batch_size: int = setting(128)
-    steps_per_call: int = setting(50)
-    checkpoint_every: int = setting(500)
-    num_devices: int = setting(1)
-    ema_decay: float = setting(0.99)
-    num_evaluated: int = setting(2000, "trajectories when the flow is judged")
 
     def __post_init__(self) -> None:
         """Checks types and ranges."""
         super().__post_init__()
-        if self.negatives not in _NEGATIVES:
-            raise ValueError(
-                f"negatives is {self.negatives!r}; it must be one of {', '.join(_NEGATIVES)}."
-            )
         if self.side < 4 or self.side % 2:
             raise ValueError(f"side is {self.side}; it must be even and at least 4.")
-        if self.negatives == "flow" and self.batch_size % 2:
-            raise ValueError(
-                f"batch_size is {self.batch_size}; with negatives 'flow' it must be even, as half "
-                "of the trajectories end in data."
-            )
-        check_at_least(self, 1, "num_examples", "num_held_out", "chunk_size", "chain_steps")
-        check_at_least(self, 2, "num_evaluated")
-        check_at_least(self, 0, "l1_weight", "policy_learning_rate", "log_z_learning_rate")
-        check_at_least(self, 0, "rising_updates")
+        check_at_least(self, 1, "num_examples", "num_held_out")
+        check_at_least(self, 0, "l1_weight")
         check_at_least(self, -10, "coupling")
-        check_widths(self, "hidden_features")
 
 
 def coupling_matrix(couplings: jax.Array, num_spins: int) -> jax.Array:
@@ -268,55 +226,17 @@ def build(config: EBGFlowNetConfig) -> Run:
     )
     training, held_out = np.split(drawn, [config.num_examples])
     regularizers = (bind(_l1, weight=config.l1_weight),) if config.l1_weight else ()
-    uses_flow = config.negatives == "flow"
-    environment = discrete_energy(_energy, num_variables=num_spins)
-    policy = mlp_policy(environment.num_actions, config.hidden_features, backward="learned")
-
-    def energy_fn(params: Params, x: jax.Array) -> jax.Array:
-        return _energy(params["energy"], x)
-
-    def random_spins(key: jax.Array) -> jax.Array:
-        return jax.random.bernoulli(key, 0.5, (num_spins,)).astype(jnp.float32)
-
-    def init(key: jax.Array):
-        params = {"energy": jnp.zeros(num_spins * (num_spins - 1) // 2)}
-        if uses_flow:
-            observation = environment.observe(environment.initial(key))
-            params |= {"policy": policy.init(key, observation), "log_z": jnp.zeros(())}
-        return params
-
-    rates = {"energy": config.learning_rate}
-    if uses_flow:
-        rates |= {"policy": config.policy_learning_rate, "log_z": config.log_z_learning_rate}
-        objective = energy_based_flow(
-            environment,
-            policy,
-            num_steps=rising_steps(num_spins, config.rising_updates),
-            terminal=lambda x: SequenceState(x.astype(jnp.int32), jnp.zeros((), bool)),
-            regularizers=regularizers,
-            chunk_size=config.chunk_size,
-        )
-    else:
-        objective = persistent_contrastive_divergence(
-            energy_fn,
-            _CHAINS[config.negatives](),
-            random_spins,
-            num_steps=config.chain_steps,
-            rebirth_probability=0.0,
-            regularizers=tuple(_of_energy(penalty) for penalty in regularizers),
-        )
+    num_couplings = num_spins * (num_spins - 1) // 2
+    energy = Energy(init=lambda key, x: jnp.zeros(num_couplings), apply=_energy)
+    method = make_method(config, energy, num_spins, regularizers=regularizers)
     sweep: Kernel = gibbs(scan="systematic", num_updates=num_spins)
 
-    def draw(key, params: Params) -> jax.Array:
-        if uses_flow:
-            flow = forward_rollout(
-                key[None], environment, policy, params["policy"], reward_params=params["energy"]
-            )
-            return flow.terminal.tokens[0].astype(jnp.float32)
+    def last_of_chain(key, params: Params) -> jax.Array:
         start_key, chain_key = jax.random.split(key)
-        chain = sweep.init(energy_fn, params, random_spins(start_key))
-        return run_chain(chain_key, sweep, energy_fn, params, chain, _NUM_SWEEPS)[0].position
+        chain = sweep.init(method.energy, params, random_bits(start_key, num_spins))
+        return run_chain(chain_key, sweep, method.energy, params, chain, _NUM_SWEEPS)[0].position
 
+    draw = last_of_chain if method.flow is None else method.flow.draw
     draw_many = jax.jit(jax.vmap(draw, (0, None)))
 
     def sample_spins(key, state: TrainState, num_samples: int):
@@ -349,15 +269,8 @@ def build(config: EBGFlowNetConfig) -> Run:
         }
         if is_exact:
             figures |= _exact_figures(couplings, best(), truth, _mean_products(training))
-        if uses_flow:
-            bounds = evidence_bounds(
-                key,
-                environment,
-                policy,
-                params["policy"],
-                num_trajectories=config.num_evaluated,
-                reward_params=params["energy"],
-            )
+        if method.flow is not None:
+            bounds = method.flow.bounds(key, params, config.num_evaluated)
             log_z = exact_law(couplings, num_spins)[1] if is_exact else bounds.log_z
             figures |= {
                 "log_z": float(params["log_z"]),
@@ -371,34 +284,21 @@ def build(config: EBGFlowNetConfig) -> Run:
         learned = np.asarray(coupling_matrix(state.ema["energy"], num_spins))
         return {"couplings": _couplings({"true": truth, "learned": learned})}
 
-    flow = Flow(
-        environment._replace(
-            log_reward=lambda params, state: environment.log_reward(params["energy"], state)
-        ),
-        policy._replace(
-            apply=lambda params, *arguments: policy.apply(params["policy"], *arguments)
-        ),
-    )
     return Run(
-        init=init,
-        objective=objective,
-        optimizer=by_group({name: adam(config.schedule(rate)) for name, rate in rates.items()}),
+        init=method.init,
+        objective=method.objective,
+        optimizer=method.optimizer,
         source=array_source(training),
         sample=sample_spins,
         evaluate=evaluate,
         figures=figures,
         monitor=monitor,
         monitor_name="negative_pseudo_log_likelihood",
-        progress=("energy_gap", *(("flow_loss", "log_z", "acceptance_rate") if uses_flow else ())),
-        energy=energy_fn,
-        flow=flow if uses_flow else None,
+        progress=method.progress,
+        energy=method.energy,
+        flow=None if method.flow is None else method.flow.flow,
         draw=draw,
     )
-
-
-def _of_energy(penalty):
-    """The penalty for ``params["energy"]``."""
-    return lambda energy_fn, params, x: penalty(energy_fn, params["energy"], x)
 
 
 def _couplings(matrices: dict[str, np.ndarray]):

@@ -3,7 +3,7 @@
   python -m launch.report --workdir=runs/a --workdir=runs/b --output=report.html
 
 Settings in which the runs differ stand first, the curves of a metric share one panel, and pictures
-of one kind stand side by side. A --workdir of a launch.sweep or launch.reproduce stands for all
+of one kind follow each other. A --workdir of a launch.sweep or launch.reproduce stands for all
 runs in it. The page holds everything that it shows and asks nothing of the network. Runs that go on
 yet, were stopped or are damaged are shown as far as they can be read.
 """
@@ -53,9 +53,10 @@ tr.differs td { background: #fdf3e7; }
   margin-right: 0.4em; }
 .note { color: #a3402a; }
 .muted { color: #6b778a; }
-figure { display: inline-block; margin: 0 1rem 1rem 0; width: min(34rem, 100%); }
+figure { display: inline-block; margin: 0 1rem 1rem 0; max-width: 100%; }
 figcaption { font-size: 0.87rem; }
-img { max-width: 100%; }
+img { max-width: max(100%, 48rem); }
+figure img { max-width: 48rem; }
 """
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
@@ -202,8 +203,10 @@ def _curves(shown: Sequence[_Shown]) -> Figure | None:
 
 
 def _image(contents: bytes, kind: str, about: str) -> str:
+    """An image, in a box of its own that scrolls where the page is too narrow to read it."""
     encoded = base64.b64encode(contents).decode("ascii")
-    return f'<img src="data:image/{kind};base64,{encoded}" alt="{html.escape(about)}">'
+    image = f'<img src="data:image/{kind};base64,{encoded}" alt="{html.escape(about)}">'
+    return f'<div class="wide">{image}</div>'
 
 
 def _svg(figure: Figure, about: str) -> str:
@@ -279,7 +282,9 @@ def _page(shown: Sequence[_Shown]) -> str:
     sections.append(_settings_section(shown))
     curves = _curves(shown)
     if curves is not None:
-        sections.append(f"<h2>Training</h2>{_svg(curves, 'metrics over the steps')}")
+        sections.append(
+            f"<h2>Training, over the steps</h2>{_svg(curves, 'metrics over the steps')}"
+        )
     if any(run.energy_use for run in shown):
         names = _all_names(run.energy_use for run in shown)
         sections.append("<h2>Energy used</h2>")

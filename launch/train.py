@@ -25,7 +25,7 @@ import threading
 import time
 import traceback
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -131,6 +131,39 @@ def _wait_for_coordinator(address: str) -> None:
             time.sleep(0.2)
         else:
             return
+
+
+@contextlib.contextmanager
+def _watching_coordinator(flag_values: flags.FlagValues) -> Iterator[None]:
+    """Within it one of several processes ends with a sentence when process 0 is gone.
+
+    JAX ends it as well, with its own words and a core dump; mostly this is sooner.
+    """
+    is_over = threading.Event()
+
+    def watch() -> None:
+        host, port = flag_values.coordinator_address.rsplit(":", 1)
+        while not is_over.is_set():
+            try:
+                with socket.create_connection((host, int(port)), timeout=5) as connection:
+                    connection.settimeout(None)
+                    while connection.recv(1024):  # until the other end closes
+                        pass
+            except ConnectionRefusedError:
+                if not is_over.is_set():
+                    _leave(
+                        "another process has ended or cannot be reached (process_id 0); what the "
+                        "run had saved is there, and the same command goes on from it"
+                    )
+            except OSError:
+                is_over.wait(1.0)
+
+    if flag_values.process_id > 0:
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()
 
 
 def _barrier(name: str) -> None:
@@ -258,6 +291,7 @@ def _checked_state(start: _Start, held: contextlib.ExitStack) -> TrainState:
 def _run(flag_values: flags.FlagValues) -> int:
     _use_devices(flag_values)
     with StopSignal() as stop_signal, contextlib.ExitStack() as held:
+        held.enter_context(_watching_coordinator(flag_values))
         start = _agreed(
             lambda: _checked_call(flag_values), lambda start: repr((start.plan, start.num_devices))
         )
@@ -295,7 +329,8 @@ def _leave(text: str) -> NoReturn:
     They then find the connection closed, and end in the same way; the regular end of JAX would
     wait for all of them.
     """
-    print(f"{COMMAND.name}: process_id {jax.process_index()}: {text}.", file=sys.stderr)
+    # In one piece, for JAX may be about to end this process.
+    sys.stderr.write(f"{COMMAND.name}: process_id {jax.process_index()}: {text}.\n")
     sys.stderr.flush()
     os._exit(1)
 

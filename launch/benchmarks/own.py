@@ -329,7 +329,8 @@ def time_to_law(
         def logits(params: Params, state: HypergridState) -> jax.Array:
             env = parts.environment
             masks = env.forward_mask(state), env.backward_mask(state)
-            return parts.policy.apply(params, env.observe(state), *masks).forward.log_probs()
+            forward = parts.policy.apply(params, env.observe(state), *masks).forward
+            return jax.vmap(forward.log_prob)(jnp.arange(env.num_actions))
 
         logits_fn = jax.jit(jax.vmap(logits, (None, 0)))
         return program.advance, lambda: logits_fn(program.params["policy"], states)

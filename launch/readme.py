@@ -89,8 +89,7 @@ def _plain(value: float, digits: int) -> str:
 
 
 def _positional(value: float, digits: int) -> str:
-    rounded = float(f"{value:.{digits}g}")
-    return np.format_float_positional(rounded, trim="-")
+    return np.format_float_positional(value, digits, unique=False, fractional=False).rstrip(".")
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -165,6 +164,23 @@ def _environments(rows: Rows) -> str:
     )
 
 
+def _eb_gfn_plane(rows: Rows) -> str:
+    kinds = ("flow", "gibbs", "gibbs_with_gradients")
+    laws = list(dict.fromkeys(row.name.partition("-")[0] for row in TABLES["eb_gfn_plane"].rows))
+    return _markdown(
+        ["law", "entropy", *(f"gap, `{kind}`" for kind in kinds), "gap of the flow itself"],
+        [
+            [
+                law.replace("_", " "),
+                f"{_values(rows, f'{law}-flow', 'entropy')[0]:.3f}",
+                *(_cell(rows, f"{law}-{kind}", "gap") for kind in kinds),
+                _cell(rows, f"{law}-flow", "gap_of_flow"),
+            ]
+            for law in laws
+        ],
+    )
+
+
 def _by_row(name: str) -> Callable[[Rows], str]:
     """Rows and columns as ``launch.reproduce`` prints them."""
     table = TABLES[name]
@@ -197,6 +213,7 @@ def _finished(rows: Rows, row: str) -> str:
 
 TABLES_AS_TEXT: dict[str, Callable[[Rows], str]] = {
     **{name: _by_row(name) for name in TABLES},
+    "eb_gfn_plane": _eb_gfn_plane,
     "environments": _environments,
     "flow_objectives": _flow_objectives,
     "objectives_2d": _objectives_2d,

@@ -14,6 +14,7 @@ folder is that of the README, where the command is run.
 
 from __future__ import annotations
 
+import decimal
 import json
 import re
 import statistics
@@ -21,7 +22,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import flags
 
 from launch import command, runs
@@ -89,7 +89,7 @@ def _plain(value: float, digits: int) -> str:
 
 
 def _positional(value: float, digits: int) -> str:
-    return np.format_float_positional(value, digits, unique=False, fractional=False).rstrip(".")
+    return format(decimal.Decimal(f"{value:.{digits - 1}e}"), "f")
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -242,7 +242,7 @@ def _diffusion() -> Table:
         "tb-local-search-slope": {"uses_slope": True},
     }
     sizes: dict[str, dict[str, Any]] = {
-        "twenty_five_gaussians": {},
+        "twenty_five_gaussians": {"num_steps": 8000},
         "funnel": {},
         "many_well": {"local_search_step_size": 0.02},
     }

@@ -78,7 +78,7 @@ class EnergyAndFlowConfig(ScheduleConfig):
 
 
 class FlowOfBits(NamedTuple):
-    """A flow over D bits, set in any order. Parameters are those of the whole method.
+    """A flow that sets D bits. Parameters are those of the whole method.
 
     Attributes:
       flow: the graph, whose log R is -E, and the policy.

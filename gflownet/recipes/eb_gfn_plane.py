@@ -3,10 +3,10 @@
     p(x) ∝ exp(-E(x)),    x ∈ {0, 1}^{2B}, E a perceptron
 
 A coordinate is a sign and a Gray code (``gflownet.recipes.eb_gfn_plane_data``); the data are drawn
-anew for each update. The flow sets bits from the coarsest to the finest, so that one path leads to
-each x and its likelihood is exact; in any order, as published (``order``), as many updates leave it
-further from the energy. Negatives come from the flow, whose target is the energy of the moment, or
-from persistent chains with as many evaluations of it (``gflownet.recipes.eb_gfn_method``).
+anew for each update. Negatives come from the flow, whose target is the energy of the moment, or
+from persistent chains with as many evaluations of it (``gflownet.recipes.eb_gfn_method``). The flow
+sets bits from the coarsest to the finest, so that one path leads to each x and its likelihood is
+exact; the published one sets them in any order (``order``).
 
 The figure is the negative log-likelihood of the energy on data, whose floor is the entropy of the
 data's code; the gap is their Kullback-Leibler divergence. With B = 8 all 65,536 states are listed

@@ -72,7 +72,7 @@ def gfnx_hypergrid(
         PeerMissing: if gfnx or equinox cannot be imported.
         ValueError: if the widths in `hidden` differ.
     """
-    return _timed(
+    return gfnx_workload(
         f"gfnx hypergrid {dim}-D side {side}",
         _gfnx_grid(dim, side, seed, hidden, stop_bias),
         num_trajectories=num_trajectories,
@@ -93,10 +93,6 @@ def gfnx_time_to_law(
     seed: int,
     total_variation: float,
     updates_per_look: int,
-    hidden: Sequence[int] = (256, 256),
-    learning_rate: float = 1e-3,
-    log_z_learning_rate: float = 0.1,
-    epsilon: float = 0.1,
 ) -> Workload:
     """From nothing to a total variation, as `launch.benchmarks.own.time_to_law`, with gfnx.
 
@@ -110,15 +106,9 @@ def gfnx_time_to_law(
     """
 
     def start(seed: int) -> tuple[Callable[[int], Any], Callable[[], Any]]:
-        task = _gfnx_grid(dim, side, seed, hidden, 0.0)
+        task = _gfnx_grid(dim, side, seed, (256, 256), 0.0)
         program = _GfnxProgram(
-            task,
-            num_trajectories=num_trajectories,
-            num_updates=updates_per_look,
-            learning_rate=learning_rate,
-            log_z_learning_rate=log_z_learning_rate,
-            epsilon=epsilon,
-            frozen=False,
+            task, num_trajectories=num_trajectories, num_updates=updates_per_look
         )
         observations = np.eye(side, dtype=np.float32)[grid_positions(dim, side)]
         logits_fn = jax.jit(jax.vmap(lambda params, seen: task.heads(params, seen)[0], (None, 0)))
@@ -139,8 +129,16 @@ def gfnx_time_to_law(
     )
 
 
-class _GfnxTask(NamedTuple):
-    """An environment of gfnx with a policy: `heads(params, observation)` of one state."""
+class GfnxTask(NamedTuple):
+    """An environment of gfnx with a policy.
+
+    Attributes:
+        environment: gfnx's.
+        environment_params: of it.
+        key: of all sampling.
+        network_params: parameters of the policy.
+        heads: `(params, observation) -> (forward logits, backward logits)` of one state.
+    """
 
     environment: Any
     environment_params: Any
@@ -149,9 +147,7 @@ class _GfnxTask(NamedTuple):
     heads: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
 
 
-def _gfnx_grid(
-    dim: int, side: int, seed: int, hidden: Sequence[int], stop_bias: float
-) -> _GfnxTask:
+def _gfnx_grid(dim: int, side: int, seed: int, hidden: Sequence[int], stop_bias: float) -> GfnxTask:
     gfnx = import_peer("gfnx", peer="gfnx")
     equinox = import_peer("equinox", peer="gfnx")
     width = _single_width(hidden)
@@ -168,56 +164,18 @@ def _gfnx_grid(
         logits = equinox.combine(params, network_static)(observation.reshape(-1))
         return logits[: dim + 1], logits[dim + 1 :]
 
-    return _GfnxTask(environment, environment_params, key_run, network_params, heads)
+    return GfnxTask(environment, environment_params, key_run, network_params, heads)
 
 
-def gfnx_workload(
-    name: str,
-    environment: Any,
-    environment_params: Any,
-    key: jax.Array,
-    network_params: Any,
-    heads: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]],
-    *,
-    num_trajectories: int,
-    num_updates: int,
-    learning_rate: float,
-    log_z_learning_rate: float,
-    epsilon: float,
-    frozen: bool,
-    note: str,
-) -> Workload:
+def gfnx_workload(name: str, task: GfnxTask, *, note: str, **options: Any) -> Workload:
     """Trajectory balance with gfnx's `forward_rollout` on any of its environments.
 
     Args:
         name: of the workload.
-        environment: gfnx's, with its parameters in the next argument.
-        environment_params: see there.
-        key: of all sampling.
-        network_params: parameters of the policy.
-        heads: `(params, observation) -> (forward logits, backward logits)` of one state.
-        num_trajectories: trajectories B of one update.
-        num_updates: updates of one `run()`.
-        learning_rate: Adam's rate for the network.
-        log_z_learning_rate: Adam's rate for log Z.
-        epsilon: exploration probability at the first update.
-        frozen: compute every update but multiply it by zero.
+        task: what is learned.
         note: of the workload.
+        **options: of `_GfnxProgram`.
     """
-    return _timed(
-        name,
-        _GfnxTask(environment, environment_params, key, network_params, heads),
-        num_trajectories=num_trajectories,
-        num_updates=num_updates,
-        learning_rate=learning_rate,
-        log_z_learning_rate=log_z_learning_rate,
-        epsilon=epsilon,
-        frozen=frozen,
-        note=note,
-    )
-
-
-def _timed(name: str, task: _GfnxTask, *, note: str, **options: Any) -> Workload:
     program = _GfnxProgram(task, **options)
     return Workload(
         name=name, run=program.advance, warm_up_seconds=program.warm_up_seconds, note=note
@@ -225,18 +183,18 @@ def _timed(name: str, task: _GfnxTask, *, note: str, **options: Any) -> Workload
 
 
 class _GfnxProgram:
-    """`num_updates` of trajectory balance in one compiled call."""
+    """`num_updates` of trajectory balance in one call; arguments as in `gfnx_hypergrid`."""
 
     def __init__(
         self,
-        task: _GfnxTask,
+        task: GfnxTask,
         *,
         num_trajectories: int,
         num_updates: int,
-        learning_rate: float,
-        log_z_learning_rate: float,
-        epsilon: float,
-        frozen: bool,
+        learning_rate: float = 1e-3,
+        log_z_learning_rate: float = 0.1,
+        epsilon: float = 0.1,
+        frozen: bool = False,
     ) -> None:
         environment, environment_params, self._key, network_params, heads = task
         gfnx = import_peer("gfnx", peer="gfnx")

@@ -22,7 +22,7 @@ from gflownet.objectives import trajectory_balance
 from gflownet.policies import mlp_policy, transformer_policy
 from gflownet.recipes.eb_gfn import true_couplings
 from gflownet.types import Environment, Policy
-from launch.benchmarks.flow_peers import gfnx_workload
+from launch.benchmarks.flow_peers import GfnxTask, gfnx_workload
 from launch.benchmarks.own import flow_workload
 from launch.benchmarks.workload import Workload, import_peer
 
@@ -152,11 +152,7 @@ def gfnx_task(*, task: str, num_trajectories: int, num_updates: int, seed: int =
 
     return gfnx_workload(
         f"gfnx {task}",
-        environment,
-        environment_params,
-        key_run,
-        params,
-        heads,
+        GfnxTask(environment, environment_params, key_run, params, heads),
         num_trajectories=num_trajectories,
         num_updates=num_updates,
         learning_rate=RATES["policy"],

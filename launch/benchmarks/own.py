@@ -245,13 +245,13 @@ def _hypergrid_flow(
     *,
     dim: int,
     side: int,
-    hidden: tuple[int, ...],
-    stop_bias: float,
-    learning_rate: float,
-    log_z_learning_rate: float,
-    epsilon: float,
-    frozen: bool,
-    chunk_size: int,
+    hidden: tuple[int, ...] = (256, 256),
+    stop_bias: float = 0.0,
+    learning_rate: float = 1e-3,
+    log_z_learning_rate: float = 0.1,
+    epsilon: float = 0.1,
+    frozen: bool = False,
+    chunk_size: int = 128,
 ) -> _FlowParts:
     environment = hypergrid(dim=dim, side=side)
     policy = mlp_policy(environment.num_actions, hidden)
@@ -289,11 +289,6 @@ def time_to_law(
     seed: int,
     total_variation: float,
     updates_per_look: int,
-    hidden: tuple[int, ...] = (256, 256),
-    learning_rate: float = 1e-3,
-    log_z_learning_rate: float = 0.1,
-    epsilon: float = 0.1,
-    chunk_size: int = 128,
 ) -> Workload:
     """From nothing to a total variation: each `run()` builds, compiles and trains a new flow.
 
@@ -304,17 +299,7 @@ def time_to_law(
     """
 
     def start(seed: int):
-        parts = _hypergrid_flow(
-            dim=dim,
-            side=side,
-            hidden=hidden,
-            stop_bias=0.0,
-            learning_rate=learning_rate,
-            log_z_learning_rate=log_z_learning_rate,
-            epsilon=epsilon,
-            frozen=False,
-            chunk_size=chunk_size,
-        )
+        parts = _hypergrid_flow(dim=dim, side=side)
         program = TrainingProgram(
             parts.init,
             parts.objective,

@@ -17,22 +17,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import re
 import signal
-import socket
 import sys
 import threading
-import time
 import traceback
-import zlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import flags
-from jax.experimental import multihost_utils
 from rich.console import Console
 
 from ebjax.figures import training_curves
@@ -49,15 +43,11 @@ from ebjax.training import (
 from ebjax.types import Run, TrainState
 from launch import command, runs
 from launch.energy_use import EnergyMeter, check_tracking
+from launch.processes import agreed, barrier, connect, is_of_jax, leave, watching_each_other
 from launch.progress import RunProgress, print_figures, print_run_directory
 from launch.runs import UserError
 
 __all__ = ["StopSignal", "finish", "main"]
-
-T = TypeVar("T")
-
-_CONNECT_SECONDS = 300.0  # as long as JAX waits for the other processes
-_HEARTBEAT_SECONDS = 20  # without a sign of another process it counts as lost
 
 FLAGS = flags.FlagValues()
 command.define_config(FLAGS)
@@ -81,28 +71,8 @@ flags.DEFINE_integer("process_id", 0, "Which of them this one is.", flag_values=
 
 def _use_devices(flag_values: flags.FlagValues) -> None:
     """One CPU device a core (other platforms ignore it), or several processes if asked."""
-    count, index = flag_values.num_processes, flag_values.process_id
-    address = flag_values.coordinator_address
-    if count < 1:
-        raise UserError(f"num_processes is {count}; it must be at least 1.")
-    if not 0 <= index < count:
-        raise UserError(f"process_id is {index}; it must be from 0 to num_processes - 1.")
-    if count > 1:
-        if address is None:
-            raise UserError(f"num_processes is {count}, which needs --coordinator_address.")
-        if not re.fullmatch(r".+:\d+", address):
-            raise UserError(f"coordinator_address is {address!r}; it must be host:port.")
-        if index > 0:
-            _wait_for_coordinator(address)
-        try:
-            jax.distributed.initialize(
-                address, count, index, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS
-            )
-        except RuntimeError as error:
-            raise UserError(
-                f"coordinator_address is {address!r}; the {count} processes do not find each other "
-                f"there ({error})."
-            ) from None
+    connect(flag_values.coordinator_address, flag_values.num_processes, flag_values.process_id)
+    if flag_values.num_processes > 1:
         return
     is_chosen = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not is_chosen and jax.config.jax_num_cpu_devices < 0:  # type: ignore[attr-defined]
@@ -110,94 +80,6 @@ def _use_devices(flag_values: flags.FlagValues) -> None:
         # Too late where JAX has started already (in a notebook); it then keeps its devices.
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", cores or 1)
-
-
-def _wait_for_coordinator(address: str) -> None:
-    """Returns when process 0 listens; JAX would end this process with a core dump if it never did.
-
-    Raises:
-      UserError: if it does not within ``_CONNECT_SECONDS``.
-    """
-    host, port = address.rsplit(":", 1)
-    end = time.monotonic() + _CONNECT_SECONDS
-    while True:
-        try:
-            socket.create_connection((host, int(port)), timeout=5).close()
-        except (OSError, OverflowError) as error:
-            if time.monotonic() > end:
-                raise UserError(
-                    f"coordinator_address is {address!r}; process 0 does not answer ({error})."
-                ) from None
-            time.sleep(0.2)
-        else:
-            return
-
-
-@contextlib.contextmanager
-def _watching_coordinator(flag_values: flags.FlagValues) -> Iterator[None]:
-    """Within it one of several processes ends with a sentence when process 0 is gone.
-
-    JAX ends it as well, with its own words and a core dump; mostly this is sooner.
-    """
-    is_over = threading.Event()
-
-    def watch() -> None:
-        host, port = flag_values.coordinator_address.rsplit(":", 1)
-        while not is_over.is_set():
-            try:
-                with socket.create_connection((host, int(port)), timeout=5) as connection:
-                    connection.settimeout(None)
-                    while connection.recv(1024):  # until the other end closes
-                        pass
-            except ConnectionRefusedError:
-                if not is_over.is_set():
-                    _leave(
-                        "another process has ended or cannot be reached (process_id 0); what the "
-                        "run had saved is there, and the same command goes on from it"
-                    )
-            except OSError:
-                is_over.wait(1.0)
-
-    if flag_values.process_id > 0:
-        threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    finally:
-        is_over.set()
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
-def _agreed(check: Callable[[], T], fingerprint: Callable[[T], str] = lambda result: "") -> T:
-    """The result of ``check``, where it raises no ``UserError`` in any process.
-
-    A process that stopped alone would leave the others waiting for it.
-
-    Args:
-      check: looks at something, without collectives.
-      fingerprint: what must be equal in all processes.
-    """
-    error, result, code = None, None, 0
-    try:
-        result = check()
-        code = zlib.crc32(fingerprint(result).encode())
-    except UserError as raised:
-        error = raised
-    if jax.process_count() > 1:
-        mine = np.array([error is not None, code], np.uint32)
-        failed, codes = np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, 2).T
-        if error is None and failed.any():
-            error = UserError(f"process_id {failed.argmax()} cannot go on; it says why.")
-        elif error is None and (codes != codes[0]).any():
-            other = (codes != codes[0]).argmax()
-            error = UserError(f"config is not the same in process_id 0 and {other}.")
-    if error is not None:
-        raise error from None
-    assert result is not None
-    return result
 
 
 class StopSignal:
@@ -291,48 +173,28 @@ def _checked_state(start: _Start, held: contextlib.ExitStack) -> TrainState:
 def _run(flag_values: flags.FlagValues) -> int:
     _use_devices(flag_values)
     with StopSignal() as stop_signal, contextlib.ExitStack() as held:
-        held.enter_context(_watching_coordinator(flag_values))
-        start = _agreed(
+        held.enter_context(watching_each_other(flag_values.coordinator_address))
+        start = agreed(
             lambda: _checked_call(flag_values), lambda start: repr((start.plan, start.num_devices))
         )
-        state = _agreed(lambda: _checked_state(start, held), lambda state: str(state.step))
+        state = agreed(lambda: _checked_state(start, held), lambda state: str(state.step))
         try:
             return _carry_out(flag_values, start, state, stop_signal)
         except Exception as error:
             text = " ".join(str(error).split())[:400]
-            is_of_jax = _is_of_jax(error)
-            if is_of_jax and jax.process_count() > 1 and "RESOURCE_EXHAUSTED" not in text:
+            is_lost = is_of_jax(error)
+            if is_lost and jax.process_count() > 1 and "RESOURCE_EXHAUSTED" not in text:
                 text = f"another process has ended or cannot be reached ({text})"
             text += (
                 f"; what the run in {start.plan.path} had saved is there, and the same command "
                 "goes on from it"
             )
-            is_known = is_of_jax or isinstance(error, OSError | UserError)
+            is_known = is_lost or isinstance(error, OSError | UserError)
             if jax.process_count() > 1:
-                _leave(text if is_known else traceback.format_exc())
+                leave(text if is_known else traceback.format_exc())
             if is_known and not isinstance(error, UserError):
                 raise OSError(text) from None
             raise
-
-
-def _is_of_jax(error: Exception) -> bool:
-    """Whether it comes from devices or from the connection to other processes."""
-    # Lost connections are of type ValueError, and begin with a status as the others do.
-    return isinstance(error, jax.errors.JaxRuntimeError) or bool(
-        re.match(r"[A-Z]+(_[A-Z]+)*: ", str(error))
-    )
-
-
-def _leave(text: str) -> NoReturn:
-    """Ends one of several processes at once, for the others may be gone or wait for this one.
-
-    They then find the connection closed, and end in the same way; the regular end of JAX would
-    wait for all of them.
-    """
-    # In one piece, for JAX may be about to end this process.
-    sys.stderr.write(f"{COMMAND.name}: process_id {jax.process_index()}: {text}.\n")
-    sys.stderr.flush()
-    os._exit(1)
 
 
 def _carry_out(
@@ -342,7 +204,7 @@ def _carry_out(
     is_first = jax.process_index() == 0
     if is_first:
         runs.prepare_workdir(start.plan, start.recipe_name, flag_values.recipe_module)
-    _barrier("prepared")
+    barrier("prepared")
     console = Console(quiet=flag_values.quiet or not is_first)
     plural = "device" if start.num_devices == 1 else "devices"
     console.print(
@@ -433,7 +295,7 @@ def _train(
     if is_first:
         print_figures(console, finish(run, config, result.state, workdir))
         print_run_directory(console, workdir)
-    _barrier("finished")
+    barrier("finished")
     return 0
 
 

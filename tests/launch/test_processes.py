@@ -145,10 +145,10 @@ def test_a_process_that_is_lost_ends_the_other_and_the_pair_goes_on(tmp_path, ki
         _, err = other.communicate(timeout=100)
     finally:
         other.kill()
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 15  # JAX alone would notice after 20 s
     assert other.returncode != 0
-    # Where JAX notices first, at a barrier or without its process 0, the words are its own.
-    assert "another process has ended" in err or "another task died" in err
+    # Where JAX notices first that its process 0 is gone, the words are its own.
+    assert "another process has ended" in err or (killed == 0 and "another task died" in err)
     assert "Traceback" not in err
     step = Checkpointer(workdir / "checkpoints", read_only=True).steps()[-1]
     end = f"--config.num_steps={step + 10}"

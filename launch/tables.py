@@ -390,6 +390,44 @@ def _eb_gfn() -> Table:
     )
 
 
+def _eb_gfn_lattices() -> Table:
+    kinds = ("flow", "gibbs", "gibbs_with_gradients")
+    settings = {
+        "order": "random_order",
+        "rising_updates": 3000,
+        "num_steps": 1000,
+        "learning_rate": 1e-3,
+        "learning_rate_decay_steps": 1000,
+        "policy_learning_rate": 3e-3,
+        "num_held_out": 500,
+    }
+    lattices = ((10, 0.1), (10, 0.2), (10, 0.3), (9, -0.1), (9, -0.2))
+    return Table(
+        "Couplings of larger tori by the source of negatives, at equal evaluations of the energy",
+        tuple(
+            Row(
+                f"{side}x{side}_{coupling}-{kind}",
+                "eb_gfn",
+                {**settings, "side": side, "coupling": coupling, "negatives": kind},
+            )
+            for side, coupling in lattices
+            for kind in kinds
+        ),
+        (
+            "negative_log_rmse",
+            "negative_log_rmse_of_refit",
+            "support_errors",
+            "negative_log_rmse_of_pseudolikelihood",
+            "negative_log_rmse_of_zero",
+        ),
+        seeds=1,
+        bars=(
+            Bar("10x10_0.1-flow", "negative_log_rmse", low=4.2),
+            Bar("10x10_0.1-flow", "negative_log_rmse_of_refit", low=5.5),
+        ),
+    )
+
+
 def _eb_gfn_plane() -> Table:
     laws = (
         "two_spirals",
@@ -428,6 +466,7 @@ TABLES = {
     "jem": _jem(),
     "diffusion": _diffusion(),
     "eb_gfn": _eb_gfn(),
+    "eb_gfn_lattices": _eb_gfn_lattices(),
     "eb_gfn_plane": _eb_gfn_plane(),
     "environments": _environments(),
     "exploration": _exploration(),

@@ -6,11 +6,18 @@
 
 The numbers are evaluations of the energy in one update, beside those of its own loss. The flow's
 target is the energy of the moment; the chains persist.
+
+The flow sets bits one at a time, in one of three orders:
+
+    any_order       P_F chooses the place and the bit, P_B the place that is emptied (published)
+    random_order    every order is as likely as the next: P_F chooses the bit, places are uniform
+    append          from the first to the last: one path leads to each x
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -28,6 +35,7 @@ from gflownet.evaluation import FlowBounds, evidence_bounds, log_probabilities
 from gflownet.objectives.energy_based_flow import energy_based_flow, rising_steps
 from gflownet.policies import mlp_policy
 from gflownet.rollout import forward_rollout
+from gflownet.types import Policy
 
 __all__ = ["EnergyAndFlowConfig", "FlowOfBits", "Method", "make_method", "random_bits"]
 
@@ -36,6 +44,7 @@ _CHAINS: dict[str, Callable[..., Kernel]] = {
     "gibbs_with_gradients": gibbs_with_gradients,
 }
 _NEGATIVES = ("flow", *_CHAINS)
+_ORDERS = ("any_order", "random_order", "append")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +52,7 @@ class EnergyAndFlowConfig(ScheduleConfig):
     """Settings of an energy of bits and of its negatives."""
 
     negatives: str = setting("flow", f"where negatives come from: {', '.join(_NEGATIVES)}")
+    order: str = setting("any_order", f"flow: in which bits are set: {', '.join(_ORDERS)}")
     policy_learning_rate: float = setting(1e-3, "flow: of the policy")
     log_z_learning_rate: float = setting(0.1, "flow: of log Z")
     rising_updates: int = setting(
@@ -66,6 +76,8 @@ class EnergyAndFlowConfig(ScheduleConfig):
             raise ValueError(
                 f"negatives is {self.negatives!r}; it must be one of {', '.join(_NEGATIVES)}."
             )
+        if self.order not in _ORDERS:
+            raise ValueError(f"order is {self.order!r}; it must be one of {', '.join(_ORDERS)}.")
         if self.negatives == "flow" and self.batch_size % 2:
             raise ValueError(
                 f"batch_size is {self.batch_size}; with negatives 'flow' it must be even, as half "
@@ -129,7 +141,6 @@ def make_method(
     energy: Energy,
     num_bits: int,
     *,
-    order: str = "any_order",
     regularizers: Sequence[Regularizer] = (),
 ) -> Method:
     """The parts of a run that learns ``energy`` from bits.
@@ -138,7 +149,6 @@ def make_method(
       config: the settings.
       energy: of x [D] in {0, 1}.
       num_bits: D.
-      order: in which the flow sets bits: "any_order", or "append", from the first to the last.
       regularizers: penalties of the energy, ``(energy_fn, params of the energy, x) -> []``.
     """
     uses_flow = config.negatives == "flow"
@@ -146,10 +156,12 @@ def make_method(
         lambda params, tokens: -energy.apply(params, tokens.astype(jnp.float32)),
         vocabulary=2,
         length=num_bits,
-        order=order,
+        order="append" if config.order == "append" else "any_order",
     )
-    backward = "learned" if order == "any_order" else "uniform"  # where one path leads to each x
+    backward = "learned" if config.order == "any_order" else "uniform"
     policy = mlp_policy(environment.num_actions, config.hidden_features, backward=backward)
+    if config.order == "random_order":
+        policy = _with_uniform_places(policy)
 
     def energy_fn(params: Params, x: jax.Array) -> jax.Array:
         return energy.apply(params["energy"], x)
@@ -158,7 +170,9 @@ def make_method(
         params = {"energy": energy.init(jax.random.fold_in(key, 1), jnp.zeros(num_bits))}
         if uses_flow:
             observation = environment.observe(environment.initial(key))
-            params |= {"policy": policy.init(key, observation), "log_z": jnp.zeros(())}
+            # Energies are near 0 at first.
+            log_z = jnp.asarray(num_bits * math.log(2.0), jnp.float32)
+            params |= {"policy": policy.init(key, observation), "log_z": log_z}
         return params
 
     rates = {"energy": config.learning_rate}
@@ -189,6 +203,17 @@ def make_method(
         progress=("energy_gap", *(("flow_loss", "log_z", "acceptance_rate") if uses_flow else ())),
         flow=_flow_of_bits(environment, policy) if uses_flow else None,
     )
+
+
+def _with_uniform_places(policy: Policy) -> Policy:
+    """The policy that chooses among the empty places evenly, and the bit by its two logits."""
+
+    def apply(params, *arguments):
+        output = policy.apply(params, *arguments)
+        logits = jax.nn.log_softmax(output.forward.logits.reshape(-1, 2)).reshape(-1)
+        return output._replace(forward=output.forward._replace(logits=logits))
+
+    return policy._replace(apply=apply)
 
 
 def _of_energy(penalty):

@@ -50,7 +50,6 @@ from gflownet.recipes.eb_gfn_plane_data import (
 __all__ = ["EBGFlowNetPlaneConfig", "recipe"]
 
 _MAX_EXACT_BITS = 8
-_ORDERS = ("append", "any_order")
 _HAMMING_WIDTH = 10.0
 
 
@@ -59,7 +58,7 @@ class EBGFlowNetPlaneConfig(EnergyAndFlowConfig):
     """Settings of the run."""
 
     dataset: str = setting("two_spirals", f"the law: {', '.join(LAWS)}")
-    order: str = setting("append", f"flow: in which bits are set: {', '.join(_ORDERS)}")
+    order: str = setting("append")
     bits: int = setting(8, "of a coordinate; up to 8 likelihoods are exact")
     energy_features: tuple[int, ...] = setting((128, 128, 128), "widths of the energy's layers")
     learning_rate: float = setting(3e-3, "largest learning rate of the energy (Adam)")
@@ -67,7 +66,7 @@ class EBGFlowNetPlaneConfig(EnergyAndFlowConfig):
     hidden_features: tuple[int, ...] = setting((128, 128, 128))
     num_steps: int = setting(3000)
     num_paths: int = setting(
-        20, "any_order: backward trajectories of an example when the flow is judged"
+        20, "any_order, random_order: backward trajectories of an example when the flow is judged"
     )
     num_evaluated: int = setting(4000, "draws when the run is judged")
 
@@ -76,8 +75,6 @@ class EBGFlowNetPlaneConfig(EnergyAndFlowConfig):
         super().__post_init__()
         if self.dataset not in LAWS:
             raise ValueError(f"dataset is {self.dataset!r}; it must be one of {', '.join(LAWS)}.")
-        if self.order not in _ORDERS:
-            raise ValueError(f"order is {self.order!r}; it must be one of {', '.join(_ORDERS)}.")
         check_between(self, 2, 16, "bits")
         if self.negatives != "flow" and self.bits > _MAX_EXACT_BITS:
             raise ValueError(
@@ -94,7 +91,7 @@ def build(config: EBGFlowNetPlaneConfig) -> Run:
     num_bits, is_exact = 2 * bits, bits <= _MAX_EXACT_BITS
     shown_bits = min(bits, _MAX_EXACT_BITS)
     energy = mlp_energy(config.energy_features, activation=jax.nn.elu, center=0.5, scale=0.5)
-    method = make_method(config, energy, num_bits, order=config.order)
+    method = make_method(config, energy, num_bits)
     flow = method.flow
     centres = cell_centres(law.half_side, shown_bits)
     grid = jnp.asarray(np.stack(np.meshgrid(centres, centres, indexing="ij"), axis=-1), float)
@@ -152,7 +149,7 @@ def build(config: EBGFlowNetPlaneConfig) -> Run:
         figures |= {"entropy": floor, "gap": figures["nll"] - floor}
         held_out = data(keys[1], config.num_evaluated)
         if flow is not None:
-            num_paths = config.num_paths if config.order == "any_order" else 1
+            num_paths = 1 if config.order == "append" else config.num_paths
             log_p = flow.log_probabilities(keys[2], params, held_out, num_paths)
             # Beside the energy on the same draws, so that their choice matters little.
             energies = energies_of(method.energy, params, held_out)

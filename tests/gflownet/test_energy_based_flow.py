@@ -12,11 +12,14 @@ from scipy import stats
 from small_environments import exact_tables, random_tables, tabular, tabulate
 from test_local_search import all_moves, target, transition_matrix
 
+from ebjax.energies.lattice import ising_lattice
+from ebjax.objectives.pseudolikelihood import flip_differences, pseudolikelihood_loss
 from ebjax.training import train
-from gflownet.environments.sequences import sequence_index, sequences
+from ebjax.types import Energy
+from gflownet.environments.sequences import SequenceState, sequence_index, sequences
 from gflownet.objectives import trajectory_balance
 from gflownet.objectives.energy_based_flow import energy_based_flow, rising_steps
-from gflownet.recipes import eb_gfn
+from gflownet.recipes import eb_gfn, eb_gfn_method
 from gflownet.recipes.eb_gfn import EBGFlowNetConfig, build
 from gflownet.sampling import backward_sampler, forward_sampler, mixed_sampler
 
@@ -256,6 +259,98 @@ def test_newton_finds_the_largest_likelihood():
         eb_gfn.maximum_likelihood(np.zeros((3, 4)))
 
 
+@pytest.mark.parametrize(
+    ("side", "coupling"), [(3, -0.2), (3, 0.25)], ids=["frustrated", "tempered"]
+)
+def test_data_of_odd_sides_and_of_strong_bonds_have_their_law(side, coupling):
+    upper = np.triu_indices(side**2, 1)
+    truth = eb_gfn.true_couplings(side, coupling)[upper]
+    law, _ = eb_gfn.exact_law(truth, side**2)
+    products = eb_gfn._pair_products(side**2)
+    mean = law @ products
+    observed = eb_gfn._mean_products(eb_gfn.ising_samples(jax.random.key(1), side, coupling, 1000))
+    z = (observed - mean) / np.sqrt((1.0 - mean**2) / 1000)
+    assert np.abs(z).max() < 5.0
+    # The planted bug: a bond that counts once.
+    half = eb_gfn.exact_law(truth / 2, side**2)[0] @ products
+    assert np.abs((observed - half) / np.sqrt((1.0 - half**2) / 1000)).max() > 5.0
+
+
+def test_data_are_magnetised_below_the_critical_temperature():
+    """Chains from random spins that kept to stripes would have a smaller mean."""
+    side, bond, step = 8, 0.6, 1e-3
+    x = eb_gfn.ising_samples(jax.random.key(2), side, bond / 2, 200)
+    spins = 2.0 * x.reshape(-1, side, side) - 1.0
+    products = (spins * np.roll(spins, 1, axis=1)).mean(axis=(1, 2))
+    log_z = [ising_lattice((side, side), coupling=bond + h).log_z for h in (-step, step)]
+    exact = (log_z[1] - log_z[0]) / (2 * step) / (2 * side**2)
+    assert abs(products.mean() - exact) < 5.0 * products.std() / np.sqrt(len(products))
+    assert np.mean(np.abs(spins.mean(axis=(1, 2))) < 0.5) < 0.05
+
+
+def test_the_pseudolikelihood_is_that_of_the_objectives(x64):
+    some = draws()[:50, :6]
+    couplings = np.random.default_rng(0).normal(size=15) / 5
+    spins = 2.0 * some.astype(float) - 1.0
+
+    def loss(couplings):
+        def of_one(x):
+            return pseudolikelihood_loss(flip_differences(eb_gfn._energy, couplings, x))
+
+        return jax.vmap(of_one)(jnp.asarray(some, float)).mean()
+
+    matrix = np.asarray(eb_gfn.coupling_matrix(jnp.asarray(couplings), 6))
+    value, gradient = eb_gfn._pseudo_log_likelihood(matrix, spins)
+    expected, slope = jax.value_and_grad(loss)(jnp.asarray(couplings))
+    assert -value == pytest.approx(float(expected))
+    np.testing.assert_allclose(-gradient[np.triu_indices(6, 1)], slope, rtol=1e-6)
+    best = eb_gfn.maximum_pseudolikelihood(some)
+    np.testing.assert_allclose(jax.grad(loss)(jnp.asarray(best)), 0.0, atol=1e-5)
+    is_free = np.arange(15) % 2 == 0
+    held = eb_gfn.maximum_pseudolikelihood(some, is_free)
+    assert not held[~is_free].any()
+    np.testing.assert_allclose(jax.grad(loss)(jnp.asarray(held))[is_free], 0.0, atol=1e-5)
+
+
+def test_the_refit_on_the_support_is_nearer_than_all_couplings():
+    truth = eb_gfn.true_couplings(4, 0.2)
+    everything = eb_gfn.maximum_pseudolikelihood(draws())
+    found = eb_gfn.support(everything, len(draws()))
+    np.testing.assert_array_equal(found, truth[np.triu_indices(16, 1)] != 0)
+    refit = eb_gfn.maximum_pseudolikelihood(draws(), found)
+    near, far = (eb_gfn._negative_log_rmse(one, truth) for one in (refit, everything))
+    assert near > far + 0.3
+    # Without couplings beyond the noise, all are 0.
+    nothing = np.random.default_rng(0).normal(scale=0.001, size=120)
+    assert not eb_gfn.support(nothing, len(draws())).any()
+
+
+def test_a_random_order_has_even_places(monkeypatch):
+    config = EBGFlowNetConfig(order="random_order", hidden_features=(8,))
+    made = []
+    monkeypatch.setattr(
+        eb_gfn_method, "energy_based_flow", lambda *args, **options: made.append(args)
+    )
+    energy = Energy(init=lambda key, x: jnp.zeros(()), apply=lambda params, x: x.sum())
+    params = eb_gfn_method.make_method(config, energy, 4).init(jax.random.key(0))
+    environment, policy = made[0]
+    params = jax.tree.map(
+        lambda leaf: leaf + 0.3 * jnp.arange(leaf.size).reshape(leaf.shape), params
+    )
+    state = SequenceState(jnp.array([2, 1, 2, 2]), jnp.array(False))
+    output = policy.apply(
+        params["policy"],
+        environment.observe(state),
+        environment.forward_mask(state),
+        environment.backward_mask(state),
+    )
+    places = output.forward.probs().reshape(4, 2)
+    np.testing.assert_allclose(places.sum(axis=1), [1 / 3, 0, 1 / 3, 1 / 3], rtol=1e-5)
+    assert abs(places[0, 0] - places[0, 1]) > 0.01
+    backward = output.backward.probs()
+    np.testing.assert_allclose(backward[backward > 0], 1.0, rtol=1e-5)  # one place is full
+
+
 TINY = {
     "num_examples": 1000,
     "num_held_out": 500,
@@ -271,11 +366,19 @@ TINY = {
 }
 
 
-@pytest.mark.parametrize("negatives", ["flow", "gibbs", "gibbs_with_gradients"])
-def test_a_short_run_finds_couplings(negatives, monkeypatch):
+@pytest.mark.parametrize(
+    ("negatives", "order"),
+    [
+        ("flow", "any_order"),
+        ("flow", "random_order"),
+        ("gibbs", "any_order"),
+        ("gibbs_with_gradients", "any_order"),
+    ],
+)
+def test_a_short_run_finds_couplings(negatives, order, monkeypatch):
     if negatives != "flow":
         monkeypatch.setattr(eb_gfn, "_MAX_EXACT_SPINS", 9)
-    config = EBGFlowNetConfig(**TINY, negatives=negatives)
+    config = EBGFlowNetConfig(**TINY, negatives=negatives, order=order)
     run = build(config)
     state = train(run, config).state
     found = run.evaluate(jax.random.key(0), state)
@@ -297,7 +400,8 @@ def test_a_short_run_finds_couplings(negatives, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"side": 5}, "side is 5"),
+        ({"side": 2}, "side is 2"),
+        ({"order": "prepend_append"}, "order is 'prepend_append'"),
         ({"negatives": "noise"}, "negatives is 'noise'"),
         ({"batch_size": 7}, "batch_size is 7"),
         ({"chain_steps": 0}, "chain_steps is 0"),

@@ -98,13 +98,15 @@ def run_jobs(
     if num_parallel > 1:
         environment["JAX_NUM_CPU_DEVICES"] = "1"
     outcomes: list[Outcome] = []
+    num_there = sum(job.is_finished for job in jobs)
     started = time.perf_counter()
     with _Processes() as processes, concurrent.futures.ThreadPoolExecutor(num_parallel) as pool:
         futures = [pool.submit(_train, job, environment, processes.run) for job in jobs]
         try:
             for future in concurrent.futures.as_completed(futures):
                 outcomes.append(future.result())
-                _print_progress(console, outcomes, len(jobs), names, started)
+                pace = (time.perf_counter() - started) / max(1, len(outcomes) - num_there)
+                _print_progress(console, outcomes, len(jobs), names, pace)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             processes.stop()
@@ -174,10 +176,10 @@ def _train(
 
 
 def _print_progress(
-    console: Console, outcomes: list[Outcome], total: int, names: Sequence[str], started: float
+    console: Console, outcomes: list[Outcome], total: int, names: Sequence[str], pace: float
 ) -> None:
     last = outcomes[-1]
-    left = (time.perf_counter() - started) / len(outcomes) * (total - len(outcomes))
+    left = pace * (total - len(outcomes))
     if last.figures is None:
         shown = "failed"
     else:

@@ -55,9 +55,9 @@ __all__ = [
 
 # Of the chains that draw data, and of those that show what was learned without a flow.
 _NUM_SWEEPS = 500
-# Replicas of the chains that draw data: from a bond where they mix at once, in steps of which about
-# a third is accepted on 10 x 10 spins at the critical coupling.
-_WEAK_BOND, _BOND_STEP, _SWEEPS_OF_EXCHANGE = 0.3, 0.05, 5
+# Replicas of the chains that draw data: from a bond where they mix at once, in steps (times the
+# side) of which about a third is accepted at the critical coupling.
+_WEAK_BOND, _BOND_STEP, _SWEEPS_OF_EXCHANGE = 0.3, 0.5, 5
 _MAX_EXACT_SPINS = 16
 
 
@@ -122,7 +122,7 @@ def ising_samples(key: jax.Array, side: int, coupling: float, num: int) -> np.nd
     """
     num_spins, bond = side * side, 2.0 * abs(coupling)
     kernel = block_gibbs(blocks=color_graph(lattice_edges((side, side)), num_spins))
-    num_replicas = 1 + int(np.ceil((bond - _WEAK_BOND) / _BOND_STEP))
+    num_replicas = 1 + int(np.ceil((bond - _WEAK_BOND) * side / _BOND_STEP))
     if num_replicas > 1:
         ladder = np.linspace(_WEAK_BOND / bond, 1.0, num_replicas)
         kernel = parallel_tempering(

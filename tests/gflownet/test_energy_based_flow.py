@@ -226,6 +226,12 @@ def test_the_schedule_of_moves_reaches_the_whole_length():
 # The recipe.
 
 
+@pytest.fixture(autouse=True)
+def _fewer_sweeps(monkeypatch):
+    """Small lattices need few."""
+    monkeypatch.setattr(eb_gfn, "_NUM_SWEEPS", 100)
+
+
 @functools.cache
 def draws():
     return eb_gfn.ising_samples(jax.random.key(3), 4, 0.2, 4000)
@@ -268,12 +274,12 @@ def test_data_of_odd_sides_and_of_strong_bonds_have_their_law(side, coupling):
     law, _ = eb_gfn.exact_law(truth, side**2)
     products = eb_gfn._pair_products(side**2)
     mean = law @ products
-    observed = eb_gfn._mean_products(eb_gfn.ising_samples(jax.random.key(1), side, coupling, 1000))
-    z = (observed - mean) / np.sqrt((1.0 - mean**2) / 1000)
+    observed = eb_gfn._mean_products(eb_gfn.ising_samples(jax.random.key(1), side, coupling, 2000))
+    z = (observed - mean) / np.sqrt((1.0 - mean**2) / 2000)
     assert np.abs(z).max() < 5.0
     # The planted bug: a bond that counts once.
     half = eb_gfn.exact_law(truth / 2, side**2)[0] @ products
-    assert np.abs((observed - half) / np.sqrt((1.0 - half**2) / 1000)).max() > 5.0
+    assert np.abs((observed - half) / np.sqrt((1.0 - half**2) / 2000)).max() > 5.0
 
 
 def test_data_are_magnetised_below_the_critical_temperature():

@@ -21,8 +21,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import stats
-from scipy.special import logsumexp
 
 from ebjax.types import Params
 from gflownet.rollout import backward_rollout, forward_rollout
@@ -85,7 +83,7 @@ def _weights(environment: Environment, policy: Policy, is_backward: bool) -> Cal
 
 def _log_mean_exp(values: np.ndarray) -> np.ndarray:
     """Over the first axis."""
-    return logsumexp(values, axis=0) - np.log(len(values))
+    return np.logaddexp.reduce(values, axis=0) - np.log(len(values))
 
 
 def log_probabilities(
@@ -187,6 +185,8 @@ def correlations(log_probability: np.ndarray, log_reward: np.ndarray) -> dict[st
     >>> correlations(np.array([0.0, 1.0, 2.0]), np.array([1.0, 2.0, 4.0]))["spearman"]
     1.0
     """
+    from scipy import stats  # slow to import
+
     p, r = np.asarray(log_probability, np.float64), np.asarray(log_reward, np.float64)
     return {
         "pearson": float(stats.pearsonr(p, r).statistic),

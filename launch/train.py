@@ -29,7 +29,6 @@ import numpy as np
 from absl import flags
 from rich.console import Console
 
-from ebjax.figures import training_curves
 from ebjax.training import (
     Checkpointer,
     DivergenceError,
@@ -301,6 +300,8 @@ def _train(
 
 def finish(run: Run, config: TrainingConfig, state: TrainState, workdir: Path) -> dict[str, float]:
     """Writes samples, pictures and figures of merit of a finished run; returns the last."""
+    from ebjax.figures import training_curves  # matplotlib is slow to import
+
     sample_key, evaluate_key, figure_key = jax.random.split(jax.random.key(config.seed + 1), 3)
     samples = run.sample(sample_key, state, 500)
     with runs.replacing(workdir / "samples.npz") as path, path.open("wb") as file:

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+from scipy.special import stdtrit
 
 from ebjax.evaluation.likelihood import log_likelihood
 from ebjax.samplers.smc import ais_log_z, geometric_path
@@ -222,7 +222,7 @@ def ais_bounds(
             **options,
         )
         upper, upper_error = _mean_and_error(base_log_z - reverse.island_log_z)
-    quantile = stats.t.ppf(confidence, num_groups - 1)
+    quantile = stdtrit(num_groups - 1, confidence)
     weights = np.exp(np.asarray(forward.log_weights, np.float64))
     return LogZBounds(
         lower=lower,

@@ -31,7 +31,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.optimize
 import scipy.special
 
 from ebjax.data import array_source
@@ -227,6 +226,8 @@ def maximum_pseudolikelihood(examples: np.ndarray, is_free: np.ndarray | None = 
     >>> bool(np.isclose(maximum_pseudolikelihood(examples)[0], np.log(3) / 4, atol=1e-5))
     True
     """
+    from scipy import optimize  # slow to import
+
     spins = 2.0 * np.asarray(examples, np.float64) - 1.0
     rows, columns = np.triu_indices(spins.shape[1], 1)
     couplings = np.zeros(len(rows))
@@ -241,7 +242,7 @@ def maximum_pseudolikelihood(examples: np.ndarray, is_free: np.ndarray | None = 
 
     if len(chosen):
         options = {"maxiter": 1000, "ftol": 1e-12, "gtol": 1e-8}
-        found = scipy.optimize.minimize(
+        found = optimize.minimize(
             loss, couplings[chosen], jac=True, method="L-BFGS-B", options=options
         )
         couplings[chosen] = found.x

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy.typing as npt
 from jax.flatten_util import ravel_pytree
-from scipy import stats
+from scipy.special import stdtrit
 
 from ebjax.samplers.evaluate import value_and_gradient
 from ebjax.types import EnergyFn, Params, Position, PyTree
@@ -243,7 +243,7 @@ def log_z_interval(log_weights: npt.ArrayLike, *, confidence: float = 0.95) -> L
     log_z = jax.scipy.special.logsumexp(log_weights) - jnp.log(num)
     ratio = jnp.exp(log_weights - log_z)
     error = jnp.std(ratio, ddof=1) / jnp.sqrt(num)
-    width = stats.t.ppf(0.5 + 0.5 * confidence, num - 1) * error
+    width = stdtrit(num - 1, 0.5 + 0.5 * confidence) * error
     return LogZInterval(
         log_z=log_z,
         lower=log_z - width,

@@ -164,16 +164,44 @@ def _environments(rows: Rows) -> str:
     )
 
 
+_NEGATIVES = ("flow", "gibbs", "gibbs_with_gradients")
+
+
+def _eb_gfn_lattices(rows: Rows) -> str:
+    lattices = list(
+        dict.fromkeys(row.name.partition("-flow")[0] for row in TABLES["eb_gfn_lattices"].rows)
+    )
+    lattices = [name for name in lattices if f"{name}-flow" in rows]
+
+    def mean(row: str, figure: str) -> str:
+        return f"{statistics.fmean(_values(rows, row, f'negative_log_rmse{figure}')):.2f}"
+
+    return _markdown(
+        ["lattice", "coupling", *(f"`{kind}`" for kind in _NEGATIVES), "pseudolikelihood", "J = 0"],
+        [
+            [
+                *name.split("_"),
+                *(
+                    f"{mean(f'{name}-{kind}', '')}, refit {mean(f'{name}-{kind}', '_of_refit')}"
+                    for kind in _NEGATIVES
+                ),
+                mean(f"{name}-flow", "_of_pseudolikelihood"),
+                mean(f"{name}-flow", "_of_zero"),
+            ]
+            for name in lattices
+        ],
+    )
+
+
 def _eb_gfn_plane(rows: Rows) -> str:
-    kinds = ("flow", "gibbs", "gibbs_with_gradients")
     laws = list(dict.fromkeys(row.name.partition("-")[0] for row in TABLES["eb_gfn_plane"].rows))
     return _markdown(
-        ["law", "entropy", *(f"gap, `{kind}`" for kind in kinds), "gap of the flow itself"],
+        ["law", "entropy", *(f"gap, `{kind}`" for kind in _NEGATIVES), "gap of the flow itself"],
         [
             [
                 law.replace("_", " "),
                 f"{_values(rows, f'{law}-flow', 'entropy')[0]:.3f}",
-                *(_cell(rows, f"{law}-{kind}", "gap") for kind in kinds),
+                *(_cell(rows, f"{law}-{kind}", "gap") for kind in _NEGATIVES),
                 _cell(rows, f"{law}-flow", "gap_of_flow"),
             ]
             for law in laws
@@ -213,6 +241,7 @@ def _finished(rows: Rows, row: str) -> str:
 
 TABLES_AS_TEXT: dict[str, Callable[[Rows], str]] = {
     **{name: _by_row(name) for name in TABLES},
+    "eb_gfn_lattices": _eb_gfn_lattices,
     "eb_gfn_plane": _eb_gfn_plane,
     "environments": _environments,
     "flow_objectives": _flow_objectives,

@@ -44,6 +44,8 @@ class DagsConfig(FlowConfig):
     """Settings of a run on graphs; -1 and 'auto' follow the objective."""
 
     objective: str = setting("mdb")
+    # Log R of graphs spans hundreds of nats, and log Z follows the policy to the best of them.
+    log_z_learning_rate: float = setting(1.0)
     estimates_log_z: bool = setting(True)
     data_path: str = setting(
         "", "numbers [N, d], at most 15 columns, as CSV, .npz or .npy; '': drawn"

@@ -62,7 +62,7 @@ def run_digits(**options):
 def test_short_run_learns_and_stays_in_balance():
     """Pixel distance falls at least fivefold from noise; energies of data and samples agree."""
     run, state = run_digits(
-        num_steps=300, num_devices=1, sample_steps=200, hidden_features=(256, 256)
+        num_steps=150, num_devices=1, sample_steps=200, hidden_features=(128, 128)
     )
     draws = run.sample(jax.random.key(1), state, 500)
     _, held_out = load_images(297)

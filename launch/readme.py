@@ -280,6 +280,12 @@ def _run(flag_values: flags.FlagValues) -> None:
         except (OSError, ValueError) as error:
             raise UserError(f"figures is {name!r}, which is not a readable JSON file.") from error
         kept = kept_figures(results)
+        missing = [row.name for row in TABLES[kept["table"]].rows if row.name not in kept["rows"]]
+        if missing:
+            raise UserError(
+                f"figures is {name!r}, which lacks {len(missing)} rows of the table "
+                f"{kept['table']}, {missing[0]} first; run it without --only."
+            )
         FOLDER.mkdir(parents=True, exist_ok=True)
         runs.write_json(FOLDER / f"{kept['table']}.json", kept)
     text = with_tables(readme.read_text(encoding="utf-8"), FOLDER)

@@ -60,7 +60,12 @@ def test_numbers_are_written_for_people(values, text):
     assert shown(values) == text
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"table": "none", "runs": []}', '{"table": 1}'])
+_ONE_ROW = '{"table": "sets", "runs": [{"row": "fldb", "seed": 0, "figures": {"elbo_gap": 1.0}}]}'
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"table": "none", "runs": []}', '{"table": 1}', _ONE_ROW]
+)
 def test_other_files_are_refused(content, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("README.md").write_text("nothing\n")

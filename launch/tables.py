@@ -141,10 +141,10 @@ OBJECTIVES_2D = (
 )
 
 
-# What a right implementation reaches, about twice what it gave; the others are known to fail there.
+# What a right implementation reaches, about twice the mean of its three seeds; the others are known to fail there.
 _LARGEST_KL: dict[str, dict[str, float]] = {
     "eight_gaussians": {
-        "pcd": 0.4,
+        "pcd": 0.8,
         "jarzynski": 0.05,
         "score_matching": 0.08,
         "sliced_score_matching": 0.08,
@@ -154,9 +154,12 @@ _LARGEST_KL: dict[str, dict[str, float]] = {
         "noise_contrastive": 0.02,
         "conditional_noise_contrastive": 0.02,
         "flow_contrastive": 0.1,
-        "cooperative": 0.15,
+        "cooperative": 0.4,
     },
-    "two_moons": dict.fromkeys(OBJECTIVES_2D, 0.1),
+    "two_moons": {
+        objective: 0.3 if objective == "denoising_score_matching" else 0.1
+        for objective in OBJECTIVES_2D
+    },
     "pinwheel": {
         "pcd": 0.1,
         "jarzynski": 0.1,
@@ -461,8 +464,7 @@ def _eb_gfn_plane() -> Table:
         ("nll", "entropy", "gap", "nll_of_flow", "gap_of_flow", "mmd", "mmd_of_data"),
         seeds=1,
         bars=(
-            *(Bar(f"{law}-flow", "gap", 0.0, 0.1) for law in laws[:-1]),
-            Bar("checkerboard-flow", "gap", 0.0, 0.15),
+            *(Bar(f"{law}-flow", "gap", 0.0, 0.1) for law in laws),
             *(Bar(f"{law}-flow", "gap_of_flow", high=0.1) for law in laws),
             *(Bar(f"{law}-gibbs", "gap", 0.0, 0.25) for law in laws[:-1]),
             *(Bar(f"{law}-gibbs_with_gradients", "gap", 0.0, 0.15) for law in laws[:-1]),

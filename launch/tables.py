@@ -141,7 +141,7 @@ OBJECTIVES_2D = (
 )
 
 
-# What a right implementation reaches, about twice the mean of its three seeds; the others are known to fail there.
+# About twice the mean of three seeds of a right implementation; the others are known to fail there.
 _LARGEST_KL: dict[str, dict[str, float]] = {
     "eight_gaussians": {
         "pcd": 0.8,

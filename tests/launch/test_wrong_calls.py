@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from command_lines import TINY, snapshot
 
-from launch import evaluate, sample, train
+from launch import evaluate, processes, sample, train
 
 COMMANDS = {"train": train, "sample": sample, "evaluate": evaluate}
 
@@ -84,7 +84,7 @@ def test_train_refuses(refuse, tmp_path, args, words):
 
 @pytest.mark.parametrize("address", ["localhost:1", "localhost:99999", "no.such.host.invalid:80"])
 def test_a_coordinator_that_does_not_answer_is_named(refuse, tmp_path, monkeypatch, address):
-    monkeypatch.setattr(train, "_CONNECT_SECONDS", 0.3)
+    monkeypatch.setattr(processes, "_CONNECT_SECONDS", 0.3)
     pair = [f"--coordinator_address={address}", "--num_processes=2", "--process_id=1"]
     assert f"'{address}'" in refuse("train", *TINY, *pair, f"--workdir={tmp_path / 'run'}")
 

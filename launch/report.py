@@ -220,7 +220,9 @@ def _heading(run: _Shown) -> str:
 
 
 def _number(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, int | float) else str(value)
+    # Whole numbers of a damaged file may be too large for a float.
+    is_small = isinstance(value, float) or (isinstance(value, int) and abs(value) < 1e300)
+    return f"{value:.6g}" if is_small else str(value)
 
 
 def _table(

@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 _CONNECT_SECONDS = 300.0  # as long as JAX waits for the other processes
 _HEARTBEAT_SECONDS = 20  # without a sign of another process it counts as lost
+_HELLO_SECONDS = 5.0
 _GOODBYE = b"."
 
 
@@ -87,7 +88,8 @@ def watching_each_other(address: str | None) -> Iterator[None]:
     """Within it each of several processes ends with a sentence soon after one of them is gone.
 
     All keep a connection to process 0, which the system closes when a process ends, however it
-    ends. JAX ends them too, with its own words and a core dump, after a heartbeat was missed or
+    ends. A connection begins with numbers that only these processes know, so that no other one
+    counts. JAX ends them too, with its own words and a core dump, after a heartbeat was missed or
     when process 0 is gone; mostly this is sooner. Where no connection can be made (a firewall
     between hosts), JAX alone does it.
     """
@@ -111,21 +113,32 @@ def watching_each_other(address: str | None) -> Iterator[None]:
 
     def accept(server: socket.socket) -> None:
         with server, contextlib.suppress(OSError):
-            for _ in range(jax.process_count() - 1):
-                connections.append(server.accept()[0])
-                _start_thread(watch, connections[-1])
+            while len(connections) < jax.process_count() - 1:
+                connection = server.accept()[0]
+                connection.settimeout(_HELLO_SECONDS)
+                with contextlib.suppress(OSError):
+                    if connection.recv(len(hello), socket.MSG_WAITALL) == hello:
+                        keep(connection)
+
+    def keep(connection: socket.socket) -> None:
+        connection.settimeout(None)
+        connections.append(connection)
+        _start_thread(watch, connection)
 
     server = socket.create_server(("", 0)) if is_first else None
-    port = server.getsockname()[1] if server is not None else 0
-    port = int(multihost_utils.broadcast_one_to_all(np.int32(port)))
+    numbers = np.frombuffer(os.urandom(20), np.uint32).copy()
+    if server is not None:
+        numbers[0] = server.getsockname()[1]
+    numbers = np.asarray(multihost_utils.broadcast_one_to_all(numbers))
+    hello = numbers[1:].tobytes()
     if server is not None:
         _start_thread(accept, server)
     else:
         with contextlib.suppress(OSError):
-            connection = socket.create_connection((_host_and_port(address)[0], port), timeout=5)
-            connection.settimeout(None)
-            connections.append(connection)
-            _start_thread(watch, connection)
+            place = _host_and_port(address)[0], int(numbers[0])
+            connection = socket.create_connection(place, timeout=_HELLO_SECONDS)
+            connection.sendall(hello)
+            keep(connection)
     try:
         yield
     finally:

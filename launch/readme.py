@@ -26,7 +26,7 @@ from absl import flags
 
 from launch import command, runs
 from launch.runs import UserError
-from launch.tables import DATASETS_2D, FLOW_OBJECTIVES, OBJECTIVES_2D, TABLES
+from launch.tables import DATASETS_2D, FLOW_OBJECTIVES, NEGATIVES, OBJECTIVES_2D, TABLES
 
 __all__ = ["TABLES_AS_TEXT", "kept_figures", "main", "shown", "with_tables"]
 
@@ -99,8 +99,6 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _cell(rows: Rows, row: str, figure: str) -> str:
     """The figure of a row; how many seeds finished where some did not."""
-    if row not in rows:
-        return "—"
     values = rows[row]["figures"].get(figure, [])
     begun = rows[row]["begun"]
     missing = f" ({len(values)} of {begun})" if len(values) < begun and values else ""
@@ -164,47 +162,44 @@ def _environments(rows: Rows) -> str:
     )
 
 
-_NEGATIVES = ("flow", "gibbs", "gibbs_with_gradients")
+def _laws(table: str) -> list[str]:
+    """What a table of EB-GFN learns, by each kind of negatives."""
+    names = [row.name for row in TABLES[table].rows]
+    return [name.removesuffix("-flow") for name in names if name.endswith("-flow")]
 
 
 def _eb_gfn_lattices(rows: Rows) -> str:
-    lattices = list(
-        dict.fromkeys(row.name.partition("-flow")[0] for row in TABLES["eb_gfn_lattices"].rows)
-    )
-    lattices = [name for name in lattices if f"{name}-flow" in rows]
-
     def mean(row: str, figure: str) -> str:
         return f"{statistics.fmean(_values(rows, row, f'negative_log_rmse{figure}')):.2f}"
 
     return _markdown(
-        ["lattice", "coupling", *(f"`{kind}`" for kind in _NEGATIVES), "pseudolikelihood", "J = 0"],
+        ["lattice", "coupling", *(f"`{kind}`" for kind in NEGATIVES), "pseudolikelihood", "J = 0"],
         [
             [
                 *name.split("_"),
                 *(
                     f"{mean(f'{name}-{kind}', '')}, refit {mean(f'{name}-{kind}', '_of_refit')}"
-                    for kind in _NEGATIVES
+                    for kind in NEGATIVES
                 ),
                 mean(f"{name}-flow", "_of_pseudolikelihood"),
                 mean(f"{name}-flow", "_of_zero"),
             ]
-            for name in lattices
+            for name in _laws("eb_gfn_lattices")
         ],
     )
 
 
 def _eb_gfn_plane(rows: Rows) -> str:
-    laws = list(dict.fromkeys(row.name.partition("-")[0] for row in TABLES["eb_gfn_plane"].rows))
     return _markdown(
-        ["law", "entropy", *(f"gap, `{kind}`" for kind in _NEGATIVES), "gap of the flow itself"],
+        ["law", "entropy", *(f"gap, `{kind}`" for kind in NEGATIVES), "gap of the flow itself"],
         [
             [
                 law.replace("_", " "),
                 f"{_values(rows, f'{law}-flow', 'entropy')[0]:.3f}",
-                *(_cell(rows, f"{law}-{kind}", "gap") for kind in _NEGATIVES),
+                *(_cell(rows, f"{law}-{kind}", "gap") for kind in NEGATIVES),
                 _cell(rows, f"{law}-flow", "gap_of_flow"),
             ]
-            for law in laws
+            for law in _laws("eb_gfn_plane")
         ],
     )
 
@@ -223,7 +218,6 @@ def _by_row(name: str) -> Callable[[Rows], str]:
                     *(shown(_values(rows, row.name, column)) for column in table.columns),
                 ]
                 for row in table.rows
-                if row.name in rows
             ],
         )
 

@@ -95,14 +95,25 @@ class WorkdirPlan(NamedTuple):
     is_resumed: bool
 
 
+def _check_places(path: Path) -> None:
+    """Nothing is in the way of what a run writes, which would end it at its first save or last."""
+    for folder in (path / name for name in ("checkpoints", "figures", "tensorboard")):
+        if folder.is_file():
+            raise UserError(f"{folder} is a file where a folder must be; move it away.")
+    for file in (path / "samples.npz", path / "evaluation.json", *path.glob("figures/*.png")):
+        if file.is_dir():
+            raise UserError(f"{file} is a folder where a file must be; move it away.")
+
+
 def open_workdir(
     workdir: str, recipe: Recipe, settings: Mapping[str, Any], *, overwrite: bool
 ) -> WorkdirPlan:
     """Looks at a run directory and decides whether training may write there.
 
     Raises:
-      UserError: if it is not a directory, cannot be written, holds other things than a run, or
-        holds a run with other settings (other than those that may change when a run goes on).
+      UserError: if it is not a directory, cannot be written, holds other things than a run, has
+        something in the way of what a run writes, or holds a run with other settings (other than
+        those that may change when a run goes on).
     """
     path = find_workdir(workdir)
     parent = next(p for p in (path, *path.parents) if p.exists())
@@ -123,6 +134,7 @@ def open_workdir(
         return WorkdirPlan(path, config, must_clear=False, is_resumed=False)
     if overwrite:
         return WorkdirPlan(path, config, must_clear=True, is_resumed=False)
+    _check_places(path)
     saved = read_config(path)
     if saved["recipe"] != settings["recipe"]:
         raise UserError(

@@ -147,22 +147,11 @@ def _lock(start: _Start, held: contextlib.ExitStack) -> None:
         raise UserError(f"workdir is {plan.path}, which was changed meanwhile; call again.")
 
 
-def _check_places(workdir: Path) -> None:
-    """Nothing is in the way of what a run writes, which would end it at its first save or last."""
-    for name in ("checkpoints", "figures", "tensorboard"):
-        if (workdir / name).is_file():
-            raise UserError(f"{workdir / name} is a file where a folder must be; move it away.")
-    for name in ("samples.npz", "evaluation.json", "figures/training_curves.png"):
-        if (workdir / name).is_dir():
-            raise UserError(f"{workdir / name} is a folder where a file must be; move it away.")
-
-
 def _checked_state(start: _Start, held: contextlib.ExitStack) -> TrainState:
     """The state that training goes on from, which may be its first."""
     plan, config = start.plan, start.plan.config
     if jax.process_index() == 0:
         _lock(start, held)
-    _check_places(plan.path)
     state = runs.restore(plan.path, start.run, config) if plan.is_resumed else None
     if state is None:
         return init_state(start.run, config)

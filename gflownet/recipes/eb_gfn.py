@@ -31,7 +31,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.special
+from scipy.special import expit
 
 from ebjax.data import array_source
 from ebjax.energies.lattice import lattice_edges
@@ -211,7 +211,7 @@ def _pseudo_log_likelihood(matrix: np.ndarray, spins: np.ndarray) -> tuple[float
     p(s_i | rest) = 1 / (1 + exp(-4 s_i (J s)_i)); J_ij and J_ji are one parameter.
     """
     scores = 4.0 * spins * (spins @ matrix)
-    gradient = 4.0 * (spins * scipy.special.expit(-scores)).T @ spins / len(spins)
+    gradient = 4.0 * (spins * expit(-scores)).T @ spins / len(spins)
     return -float(np.logaddexp(0.0, -scores).sum(axis=1).mean()), gradient + gradient.T
 
 
@@ -228,7 +228,7 @@ def maximum_pseudolikelihood(examples: np.ndarray, is_free: np.ndarray | None = 
     """
     from scipy import optimize  # slow to import
 
-    spins = 2.0 * np.asarray(examples, np.float64) - 1.0
+    spins = _spins(examples)
     rows, columns = np.triu_indices(spins.shape[1], 1)
     couplings = np.zeros(len(rows))
     chosen = np.flatnonzero(np.ones(len(rows), bool) if is_free is None else is_free)
@@ -263,9 +263,14 @@ def support(couplings: np.ndarray, num_examples: int) -> np.ndarray:
     return sizes > spread * np.sqrt(2.0 * np.log(len(sizes)))
 
 
+def _spins(examples: np.ndarray) -> np.ndarray:
+    """The same of {0, 1} in {-1, 1}, float64."""
+    return 2.0 * np.asarray(examples, np.float64) - 1.0
+
+
 def _mean_products(examples: np.ndarray) -> np.ndarray:
     """[D (D - 1) / 2] mean of s_i s_j."""
-    spins = 2.0 * np.asarray(examples, np.float64) - 1.0
+    spins = _spins(examples)
     return (spins.T @ spins / len(spins))[np.triu_indices(spins.shape[1], 1)]
 
 
@@ -326,7 +331,7 @@ def build(config: EBGFlowNetConfig) -> Run:
     def best() -> np.ndarray:
         return maximum_likelihood(training)
 
-    held_out_spins = 2.0 * held_out.astype(np.float64) - 1.0
+    held_out_spins = _spins(held_out)
 
     def monitor(key, state: TrainState):
         del key

@@ -182,14 +182,8 @@ def flow_hypergrid(
     num_trajectories: int,
     num_updates: int,
     seed: int,
-    hidden: tuple[int, ...] = (256, 256),
-    stop_bias: float = 0.0,
-    learning_rate: float = 1e-3,
-    log_z_learning_rate: float = 0.1,
-    epsilon: float = 0.1,
-    frozen: bool = False,
     num_devices: int = 1,
-    chunk_size: int = 128,
+    **options: Any,
 ) -> Workload:
     """Trajectory balance on the hypergrid, learned P_B on the shared trunk.
 
@@ -199,26 +193,10 @@ def flow_hypergrid(
         num_trajectories: trajectories B of one update.
         num_updates: updates of one `run()`, in one dispatch.
         seed: seed of the network and of all sampling.
-        hidden: widths of the hidden layers.
-        stop_bias: added to the initial bias of the stop logit.
-        learning_rate: Adam's rate for the network.
-        log_z_learning_rate: Adam's rate for log Z.
-        epsilon: exploration at the first update, annealed linearly to 0 over 30,000.
-        frozen: rates of zero (schedules, so that no work can be left out).
         num_devices: devices that the trajectories are split over.
-        chunk_size: states evaluated at a time in the gradient pass.
+        **options: of `_hypergrid_flow`.
     """
-    parts = _hypergrid_flow(
-        dim=dim,
-        side=side,
-        hidden=hidden,
-        stop_bias=stop_bias,
-        learning_rate=learning_rate,
-        log_z_learning_rate=log_z_learning_rate,
-        epsilon=epsilon,
-        frozen=frozen,
-        chunk_size=chunk_size,
-    )
+    parts = _hypergrid_flow(dim=dim, side=side, **options)
     return flow_workload(
         f"gflownet hypergrid {dim}-D side {side}",
         parts.init,
@@ -253,6 +231,19 @@ def _hypergrid_flow(
     frozen: bool = False,
     chunk_size: int = 128,
 ) -> _FlowParts:
+    """Trajectory balance on the hypergrid, learned P_B on the shared trunk.
+
+    Args:
+        dim: number D of grid dimensions.
+        side: number of values that each coordinate takes.
+        hidden: widths of the hidden layers.
+        stop_bias: added to the initial bias of the stop logit.
+        learning_rate: Adam's rate for the network.
+        log_z_learning_rate: Adam's rate for log Z.
+        epsilon: exploration at the first update, annealed linearly to 0 over 30,000.
+        frozen: rates of zero (schedules, so that no work can be left out).
+        chunk_size: states evaluated at a time in the gradient pass.
+    """
     environment = hypergrid(dim=dim, side=side)
     policy = mlp_policy(environment.num_actions, hidden)
     objective = trajectory_balance(

@@ -282,8 +282,7 @@ def test_data_of_odd_sides_and_of_strong_bonds_have_their_law(side, coupling):
     assert np.abs((observed - half) / np.sqrt((1.0 - half**2) / 2000)).max() > 5.0
 
 
-def test_data_are_magnetised_below_the_critical_temperature():
-    """Chains from random spins that kept to stripes would have a smaller mean."""
+def test_tempered_data_have_the_correlation_of_the_exact_log_z():
     side, bond, step = 8, 0.6, 1e-3
     x = eb_gfn.ising_samples(jax.random.key(2), side, bond / 2, 200)
     spins = 2.0 * x.reshape(-1, side, side) - 1.0
@@ -291,7 +290,17 @@ def test_data_are_magnetised_below_the_critical_temperature():
     log_z = [ising_lattice((side, side), coupling=bond + h).log_z for h in (-step, step)]
     exact = (log_z[1] - log_z[0]) / (2 * step) / (2 * side**2)
     assert abs(products.mean() - exact) < 5.0 * products.std() / np.sqrt(len(products))
-    assert np.mean(np.abs(spins.mean(axis=(1, 2))) < 0.5) < 0.05
+
+
+def test_replicas_dissolve_the_stripes_that_chains_fall_into(monkeypatch):
+    def share_of_stripes():
+        x = eb_gfn.ising_samples(jax.random.key(2), 10, 0.5, 400)
+        return np.mean(np.abs(2.0 * x.mean(axis=1) - 1.0) < 0.5)
+
+    assert share_of_stripes() == 0.0  # a stripe has 20 bonds against it, each worth 2
+    # The planted bug: one chain. Of 200 draws 0.075 were striped; 0.03 is 3.4 standard errors off.
+    monkeypatch.setattr(eb_gfn, "_WEAK_BOND", 1.0)
+    assert share_of_stripes() > 0.03
 
 
 def test_the_pseudolikelihood_is_that_of_the_objectives(x64):
@@ -325,27 +334,25 @@ def test_the_refit_on_the_support_is_nearer_than_all_couplings():
     np.testing.assert_array_equal(found, truth[np.triu_indices(16, 1)] != 0)
     refit = eb_gfn.maximum_pseudolikelihood(draws(), found)
     near, far = (eb_gfn._negative_log_rmse(one, truth) for one in (refit, everything))
+    # 32 of 120 couplings carry noise in place of all: log √(120 / 32) = 0.66, and half of it.
     assert near > far + 0.3
     # Without couplings beyond the noise, all are 0.
     nothing = np.random.default_rng(0).normal(scale=0.001, size=120)
     assert not eb_gfn.support(nothing, len(draws())).any()
 
 
-def test_a_random_order_has_even_places(monkeypatch):
+def test_a_random_order_has_even_places():
     config = EBGFlowNetConfig(order="random_order", hidden_features=(8,))
-    made = []
-    monkeypatch.setattr(
-        eb_gfn_method, "energy_based_flow", lambda *args, **options: made.append(args)
-    )
     energy = Energy(init=lambda key, x: jnp.zeros(()), apply=lambda params, x: x.sum())
-    params = eb_gfn_method.make_method(config, energy, 4).init(jax.random.key(0))
-    environment, policy = made[0]
+    method = eb_gfn_method.make_method(config, energy, 4)
+    environment, policy = method.flow.flow
+    params = method.init(jax.random.key(0))
     params = jax.tree.map(
         lambda leaf: leaf + 0.3 * jnp.arange(leaf.size).reshape(leaf.shape), params
     )
     state = SequenceState(jnp.array([2, 1, 2, 2]), jnp.array(False))
     output = policy.apply(
-        params["policy"],
+        params,
         environment.observe(state),
         environment.forward_mask(state),
         environment.backward_mask(state),

@@ -1,5 +1,6 @@
 """Two processes on loopback, one CPU device each: train, save, go on, stop, fail together."""
 
+import queue
 import shutil
 import signal
 import socket
@@ -9,9 +10,10 @@ import jax
 import numpy as np
 import pytest
 from command_lines import TINY, num_lines, own_recipe, run, snapshot, start, wait_for
+from jax.experimental import multihost_utils
 
 from ebjax.training import Checkpointer, read_metrics
-from launch import runs
+from launch import processes, runs
 
 TWO_DEVICES = {"JAX_NUM_CPU_DEVICES": "2"}
 BACKENDS = ("pmap", "shard_map")
@@ -130,6 +132,36 @@ def test_a_bad_loss_ends_both(tmp_path):
     for _, err in finish_pair(start_pair(*args, cwd=tmp_path), code=1):
         assert "not finite at step 27" in err
         assert "Traceback" not in err
+
+
+def test_a_stranger_who_connects_and_goes_ends_nothing(monkeypatch):
+    told, ends = [], queue.Queue()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "leave", ends.put)
+    monkeypatch.setattr(
+        multihost_utils, "broadcast_one_to_all", lambda numbers: told.append(numbers) or numbers
+    )
+
+    def connect(words):
+        connection = socket.create_connection(("localhost", int(told[-1][0])))
+        connection.sendall(words)
+        return connection
+
+    for is_regular in (True, False):
+        with processes.watching_each_other("localhost:1"):
+            hello = told[-1][1:].tobytes()
+            for words in (b"", b"GET / HTTP/1.1", bytes(len(hello))):
+                connect(words).close()
+            other = connect(hello)
+            if is_regular:
+                other.sendall(processes._GOODBYE)
+            other.close()
+            if is_regular:
+                with pytest.raises(queue.Empty):
+                    ends.get(timeout=1)
+            else:
+                assert "another process has ended" in ends.get(timeout=10)
+    assert told[0][1:].tolist() != told[1][1:].tolist()
 
 
 @pytest.mark.parametrize("killed", [0, 1])

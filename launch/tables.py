@@ -406,7 +406,7 @@ def _eb_gfn_lattices() -> Table:
         "policy_learning_rate": 3e-3,
         "num_held_out": 500,
     }
-    lattices = ((10, 0.1), (10, 0.2), (10, 0.3), (9, -0.1), (9, -0.2))
+    lattices = ((10, 0.1), (10, 0.2), (10, 0.3), (10, 0.4), (10, 0.5), (9, -0.1), (9, -0.2))
     return Table(
         "Couplings of larger tori by the source of negatives, at equal evaluations of the energy",
         tuple(

@@ -430,6 +430,8 @@ def _eb_gfn_lattices() -> Table:
             Bar("10x10_0.1-flow", "negative_log_rmse", low=4.15),
             Bar("10x10_0.2-flow", "negative_log_rmse", low=3.6),
             Bar("10x10_0.3-flow", "negative_log_rmse", low=2.82),
+            Bar("10x10_0.4-flow", "negative_log_rmse", low=2.53),
+            Bar("10x10_0.5-flow", "negative_log_rmse", low=2.31),
             Bar("9x9_-0.1-flow", "negative_log_rmse", low=4.2),
             Bar("9x9_-0.2-flow", "negative_log_rmse", low=3.6),
             Bar("10x10_0.1-flow", "negative_log_rmse_of_refit", low=5.5),

@@ -1,11 +1,19 @@
 """Eight CPU devices for every test, double precision for those that ask for it, bounded memory."""
 
+import gc
 import os
 
 import jax
 import pytest
 
-COMPILED_IN_HASTE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+COMPILED_IN_HASTE = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
+
+# Tracing makes millions of small objects, few of them garbage: looking for it took a tenth of the
+# time.
+gc.set_threshold(200_000, 20, 20)
 
 # Before JAX starts: tests of 1, 2 and 8 devices run in this process.
 jax.config.update("jax_num_cpu_devices", 8)

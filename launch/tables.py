@@ -150,7 +150,7 @@ _LARGEST_KL: dict[str, dict[str, float]] = {
         "sliced_score_matching": 0.08,
         "finite_difference_score_matching": 0.08,
         "denoising_score_matching": 0.3,
-        "recovery_likelihood": 0.2,
+        "recovery_likelihood": 0.08,
         "noise_contrastive": 0.02,
         "conditional_noise_contrastive": 0.02,
         "flow_contrastive": 0.1,
@@ -163,7 +163,7 @@ _LARGEST_KL: dict[str, dict[str, float]] = {
     "pinwheel": {
         "pcd": 0.1,
         "jarzynski": 0.1,
-        "recovery_likelihood": 0.15,
+        "recovery_likelihood": 0.12,
         "noise_contrastive": 0.03,
         "conditional_noise_contrastive": 0.06,
         "cooperative": 0.2,
@@ -171,10 +171,11 @@ _LARGEST_KL: dict[str, dict[str, float]] = {
     "checkerboard": {
         objective: 0.2
         for objective in OBJECTIVES_2D
-        if objective not in ("short_run", "denoising_score_matching", "recovery_likelihood")
+        if objective not in ("short_run", "denoising_score_matching")
     },
     "rings": {
         "jarzynski": 0.2,
+        "recovery_likelihood": 0.25,
         "noise_contrastive": 0.03,
         "conditional_noise_contrastive": 0.03,
         "flow_contrastive": 0.06,

@@ -71,7 +71,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "sliced_score_matching": {"data_noise": 0.1},
     "finite_difference_score_matching": {"data_noise": 0.1},
     "denoising_score_matching": {},
-    "recovery_likelihood": {"langevin_steps": 15},
+    "recovery_likelihood": {"langevin_steps": 15, "energy_regularizer": 0.01},
     "noise_contrastive": {"num_noise": 4},
     "conditional_noise_contrastive": {"num_noise": 4},
     "flow_contrastive": {},

@@ -13,8 +13,10 @@ figure with a bar ends the output as
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from ebjax.training import TrainingConfig
 from launch import command, runs
 from launch.runs import UserError, read_figures
 from launch.schedule import Job, Outcome, flags_of, mean_and_deviation, run_jobs
@@ -50,6 +53,8 @@ def _job(row: Row, seed: int, folder: Path, data_path: str | None) -> Job:
     if data_path is not None:
         settings["data_path"] = data_path
     workdir = folder / f"{row.name}-{seed}"
+    if (workdir / "config.json").exists():
+        _check_settings(settings, workdir)
     return Job(
         row.name,
         seed,
@@ -57,6 +62,27 @@ def _job(row: Row, seed: int, folder: Path, data_path: str | None) -> Job:
         (f"--config={row.config}", *row.flags, *flags_of(settings)),
         is_finished=read_figures(workdir) is not None,
     )
+
+
+def _check_settings(settings: Mapping[str, Any], workdir: Path) -> None:
+    """A run that is there must have been made with what its row means today.
+
+    Raises:
+      UserError: naming the first setting that differs.
+    """
+    saved = runs.read_config(workdir)
+    recipe = runs.find_recipe(saved["recipe"], saved.get("recipe_module"))
+    old = runs.make_config(recipe, saved, origin=f"{workdir / 'config.json'}: ")
+    new = runs.make_config(recipe, settings)
+    for field in dataclasses.fields(new):
+        name = field.name
+        if name in TrainingConfig.RESUMABLE - {"num_steps"}:
+            continue
+        if getattr(old, name) != getattr(new, name):
+            raise UserError(
+                f"the run in {workdir} was made with {name} {getattr(old, name)!r}, and its row "
+                f"has {getattr(new, name)!r}; move it away, or give another --workdir."
+            )
 
 
 def reproduce(

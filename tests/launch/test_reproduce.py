@@ -58,6 +58,14 @@ def test_every_seed_counts_and_bars_are_judged(table, tmp_path):
     assert [outcome["figures"] for outcome in figures["runs"]] == [{"x": 0.25}]
 
 
+def test_a_run_with_other_settings_than_its_row_is_not_counted(table, tmp_path):
+    made(table, tmp_path / "t", only=("good",), seeds=1)
+    row = table.rows[0]
+    other = table._replace(rows=(row._replace(settings={**row.settings, "break_at": 99}),))
+    with pytest.raises(UserError, match=r"good-0 was made with break_at -1, and its row has 99"):
+        made(other, tmp_path / "t", seeds=1)
+
+
 def test_a_setting_that_does_not_exist_ends_the_table(table, tmp_path):
     wrong = table._replace(rows=(table.rows[0]._replace(settings={"wrong": 1}),))
     with pytest.raises(UserError, match="no field 'wrong'"):

@@ -28,6 +28,7 @@ __all__ = [
     "LoadedEnergy",
     "LoadedRun",
     "UserError",
+    "described",
     "find_recipe",
     "find_workdir",
     "learned_params",
@@ -270,6 +271,18 @@ class LoadedEnergy(NamedTuple):
     sample: Callable[[jax.Array, int], dict[str, Any]]
     config: TrainingConfig
     step: int
+
+    def __repr__(self) -> str:
+        """One line in a notebook, in the place of every parameter."""
+        return described(self)
+
+
+def described(loaded: Any) -> str:
+    """What ``load`` returned, in a line: the recipe, the size of ``params`` and the step."""
+    recipe = type(loaded.config).__name__.removesuffix("Config")
+    num_parameters = sum(jnp.size(leaf) for leaf in jax.tree.leaves(loaded.params))
+    name = type(loaded).__name__
+    return f"{name}({recipe}, {num_parameters:,} parameters, step {loaded.step:,})"
 
 
 def load(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from ebjax.loading import UserError, learned_params, load_run
+from ebjax.loading import UserError, described, learned_params, load_run
 from ebjax.types import Params, PyTree
 
 if TYPE_CHECKING:
@@ -43,6 +43,10 @@ class LoadedFlow(NamedTuple):
     sample: Callable[[jax.Array, int], dict[str, Any]]
     config: TrainingConfig
     step: int
+
+    def __repr__(self) -> str:
+        """One line in a notebook, in the place of every parameter."""
+        return described(self)
 
 
 def load(

@@ -331,6 +331,7 @@ def _exploration() -> Table:
     search = {"local_search_revisions": 3, "local_search_steps": 4}
     arms: dict[str, dict[str, Any]] = {
         "epsilon": {},
+        "thompson": {"thompson_heads": 10},
         "replay-fifo": {**replayed, "replay": "fifo"},
         "replay-ranked": {**replayed, "replay": "ranked"},
         "replay-prioritized": {**replayed, "replay": "prioritized"},

@@ -6,6 +6,7 @@ One config chooses the objective; settings that are left at -1 follow it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +15,19 @@ import numpy as np
 from ebjax.training import check_at_least, setting
 from ebjax.types import Recipe, Run, Source, TrainState
 from gflownet import exact
+from gflownet.conditional import at_condition
 from gflownet.environments import HypergridState, hypergrid
 from gflownet.evaluation import sampling_floor
 from gflownet.recipes.flow_config import FlowConfig
-from gflownet.recipes.judging import draw_fn, draw_one_fn, exact_laws_fn, flow_run
-from gflownet.recipes.learners import LEARNERS
+from gflownet.recipes.judging import ExactLaws, draw_fn, draw_one_fn, exact_laws_fn, flow_run
+from gflownet.recipes.learners import LEARNERS, Learner
+from gflownet.thompson import bootstrapped, thompson_policy, with_heads
 from gflownet.types import Environment
 
 __all__ = ["HypergridConfig", "recipe"]
+
+# The others are expectations under one policy, or need observations that are one vector.
+_WITH_HEADS = ("tb", "vargrad", "db", "subtb")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,13 +39,28 @@ class HypergridConfig(FlowConfig):
     reward_floor: float = setting(1e-3, "R0, the reward everywhere")
     reward_outer: float = setting(0.5, "R1, added far from the middle")
     reward_ring: float = setting(2.0, "R2, added in the modes")
+    thompson_heads: int = setting(
+        0,
+        "heads of P_F, one of which draws a whole trajectory, which trains a random half of them; "
+        "0: one policy",
+    )
+    thompson_prior: float = setting(
+        1.0, "thompson: weight of the random function that tells heads apart"
+    )
 
     def __post_init__(self) -> None:
         """Checks types and ranges."""
         super().__post_init__()
         check_at_least(self, 1, "dim")
         check_at_least(self, 2, "side")
-        check_at_least(self, 0, "reward_outer", "reward_ring")
+        check_at_least(self, 0, "reward_outer", "reward_ring", "thompson_prior", "thompson_heads")
+        if self.thompson_heads == 1:
+            raise ValueError("thompson_heads is 1; it must be at least 2, or 0 for one policy.")
+        if self.thompson_heads and self.objective not in _WITH_HEADS:
+            raise ValueError(
+                f"thompson_heads is {self.thompson_heads}; with objective {self.objective!r} it "
+                f"must be 0 (heads learn by {', '.join(_WITH_HEADS)})."
+            )
         if not self.reward_floor > 0:
             raise ValueError(f"reward_floor is {self.reward_floor}; it must be positive.")
 
@@ -53,15 +74,25 @@ def build(config: HypergridConfig) -> Run:
         reward_outer=config.reward_outer,
         reward_ring=config.reward_ring,
     )
-    learner = LEARNERS[config.objective](config, environment)
-    draw, laws = draw_fn(environment, learner), exact_laws_fn(environment, learner)
     assert environment.log_z is not None
     exact_log_z = environment.log_z
+    headed = environment
+    if config.thompson_heads:
+        headed = with_heads(environment, config.thompson_heads)
+        learner = _learner_with_heads(config, headed)
+        laws = _laws_of_heads(config.thompson_heads, environment, headed, learner)
+    else:
+        learner = LEARNERS[config.objective](config, environment)
+        laws = exact_laws_fn(environment, learner)
+    draw = draw_fn(headed, learner)
+
+    def position(terminal) -> jax.Array:
+        return (terminal.state if config.thompson_heads else terminal).position
 
     def sample(key, state: TrainState, num_samples: int):
         trajectories = draw(key, state, num_samples)
         return {
-            "positions": np.asarray(trajectories.terminal.position),
+            "positions": np.asarray(position(trajectories.terminal)),
             "log_rewards": np.asarray(trajectories.log_reward),
             "lengths": np.asarray(trajectories.length),
         }
@@ -118,7 +149,7 @@ def build(config: HypergridConfig) -> Run:
         return {"distributions": grid_distributions(marginals, subtitle=subtitle)}
 
     return flow_run(
-        environment,
+        headed,
         learner,
         source=_source(config, environment),
         sample=sample,
@@ -127,8 +158,42 @@ def build(config: HypergridConfig) -> Run:
         monitor=monitor,
         monitor_name="log_z_error" if laws is None else "total_variation",
         progress=("loss", learner.progress, "log_reward", "trajectory_length"),
-        draw=draw_one_fn(environment, learner, lambda state: state.position),
+        draw=draw_one_fn(headed, learner, position),
     )
+
+
+def _learner_with_heads(config: HypergridConfig, headed: Environment) -> Learner:
+    num_heads = config.thompson_heads
+
+    def make_policy(config, environment, *, with_flow):
+        return thompson_policy(
+            environment.num_actions,
+            config.hidden_features,
+            num_heads=num_heads,
+            prior_scale=config.thompson_prior,
+            backward=config.backward_policy,
+            with_flow=with_flow,
+        )
+
+    return LEARNERS[config.objective](
+        config, headed, make_policy, functools.partial(bootstrapped, num_heads=num_heads)
+    )
+
+
+def _laws_of_heads(num_heads: int, environment: Environment, headed: Environment, learner: Learner):
+    """``state -> ExactLaws`` of a draw by a random head; ``None`` where nothing is enumerated."""
+    if environment.enumerate is None:
+        return None
+    each = [
+        exact_laws_fn(at_condition(environment, headed, jnp.int32(head)), learner)
+        for head in range(num_heads)
+    ]
+
+    def laws(state: TrainState) -> ExactLaws:
+        found = [law(state) for law in each if law is not None]
+        return found[0]._replace(learned=np.mean([law.learned for law in found], axis=0))
+
+    return laws
 
 
 def _source(config: HypergridConfig, environment: Environment) -> Source:

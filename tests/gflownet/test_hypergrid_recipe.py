@@ -82,19 +82,35 @@ def test_objectives_learn(objective):
     assert made.evaluate(jax.random.key(0), state)["log_z_error"] < 0.05
 
 
+SMALL = {
+    "side": 4,
+    "num_steps": 250,
+    "hidden_features": (32,),
+    "learning_rate": 5e-3,
+    "epsilon_decay_steps": 100,
+    "reward_floor": 0.1,
+}
+
+
 # Those whose parameters are more than a policy and log Z; the others differ in one function.
 @pytest.mark.parametrize("objective", ["led", "tlm", "forward_kl"])
 def test_objectives_improve(objective):
-    made, fresh, state = trained(
-        objective=objective,
-        side=4,
-        num_steps=250,
-        hidden_features=(32,),
-        learning_rate=5e-3,
-        epsilon_decay_steps=100,
-        reward_floor=0.1,
-    )
+    made, fresh, state = trained(objective=objective, **SMALL)
     assert variation(made, state) < 0.5 * variation(made, fresh)
+
+
+@pytest.mark.parametrize("objective", ["tb", "vargrad", "db", "subtb"])
+def test_heads_learn(objective):
+    made, fresh, state = trained(objective=objective, thompson_heads=3, **SMALL)
+    assert variation(made, state) < 0.5 * variation(made, fresh)
+    assert made.evaluate(jax.random.key(0), state)["log_z_error"] < 0.2
+
+
+def test_the_law_of_heads_is_that_of_their_draws():
+    # So strong a prior that heads have laws far apart, of which the draws follow the mean.
+    made, fresh, _ = trained(thompson_heads=3, thompson_prior=30.0, **{**SMALL, "num_steps": 1})
+    found = made.evaluate(jax.random.key(1), fresh)
+    assert abs(found["total_variation_of_2000_samples"] - found["total_variation"]) < 0.06
 
 
 def test_settings_follow_the_objective():
@@ -120,6 +136,9 @@ def test_settings_follow_the_objective():
         {"subtrajectory_decay": -0.5},
         {"path_depth": 0},
         {"potential_dropout": 1.0},
+        {"thompson_heads": 1},
+        {"objective": "fm", "thompson_heads": 4},
+        {"thompson_prior": -1.0},
     ],
 )
 def test_settings_that_are_refused(options):

@@ -145,6 +145,8 @@ def test_a_loaded_energy_has_the_law_that_was_judged(density):
     """Its divergence from the data by quadrature is the figure that training wrote."""
     energy = ebjax.load(density)
     assert (energy.step, energy.config.hidden_features) == (20, (8,))
+    size = sum(leaf.size for leaf in jax.tree.leaves(energy.params))
+    assert repr(energy) == f"LoadedEnergy(Density, {size:,} parameters, step 20)"
     options = {"bounds": (-5.0, 5.0), "num_points": 51}
     law = grid_law(energy.energy_fn, energy.params, **options)
     truth = grid_law(targets.eight_gaussians().energy, (), **options)
@@ -208,6 +210,7 @@ def test_a_loaded_flow_has_the_law_that_was_judged(finished):
     )
     assert flow.sample(jax.random.key(0), 7)["positions"].shape == (7, 2)
     assert flow.config.num_steps == flow.step == 40
+    assert repr(flow).startswith("LoadedFlow(Hypergrid, ")
 
 
 @pytest.mark.parametrize("load", [ebjax.load, gflownet.load])

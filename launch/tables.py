@@ -149,32 +149,27 @@ _LARGEST_KL: dict[str, dict[str, float]] = {
         "score_matching": 0.08,
         "sliced_score_matching": 0.08,
         "finite_difference_score_matching": 0.08,
-        "denoising_score_matching": 0.3,
+        "denoising_score_matching": 0.2,
         "recovery_likelihood": 0.08,
         "noise_contrastive": 0.02,
         "conditional_noise_contrastive": 0.02,
         "flow_contrastive": 0.1,
         "cooperative": 0.4,
     },
-    "two_moons": {
-        objective: 0.3 if objective == "denoising_score_matching" else 0.1
-        for objective in OBJECTIVES_2D
-    },
+    "two_moons": dict.fromkeys(OBJECTIVES_2D, 0.1),
     "pinwheel": {
         "pcd": 0.1,
         "jarzynski": 0.1,
+        "denoising_score_matching": 0.2,
         "recovery_likelihood": 0.12,
         "noise_contrastive": 0.03,
         "conditional_noise_contrastive": 0.06,
         "cooperative": 0.2,
     },
-    "checkerboard": {
-        objective: 0.2
-        for objective in OBJECTIVES_2D
-        if objective not in ("short_run", "denoising_score_matching")
-    },
+    "checkerboard": {objective: 0.2 for objective in OBJECTIVES_2D if objective != "short_run"},
     "rings": {
         "jarzynski": 0.2,
+        "denoising_score_matching": 0.3,
         "recovery_likelihood": 0.25,
         "noise_contrastive": 0.03,
         "conditional_noise_contrastive": 0.03,
@@ -216,7 +211,7 @@ def _stability() -> Table:
         "divergence-term": {**bare, "divergence_weight": 1.0},
         "resets": {**bare, "reset_margin": 5.0},
     }
-    plane = {"num_frequencies": 0, "base_scale": 0.0}
+    plane = {"num_frequencies": 0, "base_scale": 0.0, "rebirth_probability": 0.05}
     digits = {"num_steps": 1000}
     bare_digits = {**bare, "gradient_clip": 0.0, "data_noise": 0.0, "learning_rate_warmup_steps": 0}
     return Table(

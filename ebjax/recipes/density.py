@@ -128,7 +128,7 @@ class DensityConfig(AdamConfig):
     )
     chains_per_example: int = setting(20, "pcd, jarzynski: chains of each example slot")
     walkers_moved: int = setting(4, "jarzynski: how many of these move in one update")
-    rebirth_probability: float = setting(0.05, "pcd: chance that a chain starts anew from noise")
+    rebirth_probability: float = setting(0.0, "pcd: chance that a chain starts anew from noise")
     num_slices: int = setting(1, "sliced objectives: slices of an example")
     finite_difference_step: float = setting(0.05, "finite differences: the step in a coordinate")
     num_noise_levels: int = setting(10, "denoising: noise levels, 1 for a plain energy")

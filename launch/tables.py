@@ -144,7 +144,7 @@ OBJECTIVES_2D = (
 # About twice the mean of three seeds of a right implementation; the others are known to fail there.
 _LARGEST_KL: dict[str, dict[str, float]] = {
     "eight_gaussians": {
-        "pcd": 0.8,
+        "pcd": 0.6,
         "jarzynski": 0.05,
         "score_matching": 0.08,
         "sliced_score_matching": 0.08,
@@ -168,6 +168,7 @@ _LARGEST_KL: dict[str, dict[str, float]] = {
     },
     "checkerboard": {objective: 0.2 for objective in OBJECTIVES_2D if objective != "short_run"},
     "rings": {
+        "pcd": 0.06,
         "jarzynski": 0.2,
         "denoising_score_matching": 0.3,
         "recovery_likelihood": 0.25,

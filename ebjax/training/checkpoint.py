@@ -34,6 +34,8 @@ __all__ = ["Checkpointer", "library_versions"]
 
 _log = logging.getLogger(__name__)
 _SCHEMA = 1
+# In the names of checkpoints that are being written.
+_IN_PART = ".orbax-checkpoint-tmp"
 # Fields that states of earlier versions lack; they take the values of a new state.
 _ADDED_FIELDS = ("rollbacks",)
 # How often a reader starts again because the run that it looks at goes on.
@@ -96,6 +98,11 @@ class Checkpointer:
             self._metrics[step] = _numbers((self.about(step) or {}).get("metrics"))
 
     def _open(self) -> ocp.CheckpointManager:
+        if not self._is_read_only and jax.process_index() == 0:
+            # What a killed run left in part. Orbax would remove it in a thread that a manager does
+            # not wait for when it is closed, and the next manager's would meet it there.
+            for left in self._directory.glob(f"*{_IN_PART}*"):
+                shutil.rmtree(left, ignore_errors=True)
         # That a folder is only read is what was asked for, and no reason for a warning.
         with _level(logging.getLogger("absl"), logging.ERROR if self._is_read_only else None):
             return ocp.CheckpointManager(
@@ -106,7 +113,7 @@ class Checkpointer:
                 },
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=_Keep(self._kept_steps),
-                    cleanup_tmp_directories=not self._is_read_only,
+                    cleanup_tmp_directories=False,
                     create=not self._is_read_only,
                     read_only=self._is_read_only,
                     # What one damaged checkpoint says of itself must not hide the others.

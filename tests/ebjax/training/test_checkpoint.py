@@ -88,6 +88,19 @@ def test_looking_writes_nothing(folder):
     assert not (folder / "7.orbax-checkpoint-tmp-1").exists()
 
 
+def test_what_was_left_in_part_is_gone_before_the_next_state_is_saved(folder):
+    """Opened twice, as a run that goes on does: two threads that remove it would meet."""
+    for name in ("4.orbax-checkpoint-tmp", "5.orbax-checkpoint-tmp-1"):
+        (folder / name).mkdir()
+        for i in range(2000):
+            (folder / name / str(i)).touch()
+    checkpointer = Checkpointer(folder)
+    assert not list(folder.glob("*tmp*"))
+    checkpointer.set_aside(3)
+    _save_and_wait(checkpointer, 4, STATE)
+    assert checkpointer.steps() == [3, 4]
+
+
 def test_an_empty_folder_has_nothing(tmp_path):
     assert Checkpointer(tmp_path / "none").restore(STATE) is None
 

@@ -13,7 +13,6 @@ figure with a bar ends the output as
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import sys
 from collections.abc import Mapping
@@ -24,7 +23,6 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from ebjax.training import TrainingConfig
 from launch import command, runs
 from launch.runs import UserError, read_figures
 from launch.schedule import Job, Outcome, flags_of, mean_and_deviation, run_jobs
@@ -74,15 +72,12 @@ def _check_settings(settings: Mapping[str, Any], workdir: Path) -> None:
     recipe = runs.find_recipe(saved["recipe"], saved.get("recipe_module"))
     old = runs.make_config(recipe, saved, origin=f"{workdir / 'config.json'}: ")
     new = runs.make_config(recipe, settings)
-    for field in dataclasses.fields(new):
-        name = field.name
-        if name in TrainingConfig.RESUMABLE - {"num_steps"}:
-            continue
-        if getattr(old, name) != getattr(new, name):
-            raise UserError(
-                f"the run in {workdir} was made with {name} {getattr(old, name)!r}, and its row "
-                f"has {getattr(new, name)!r}; move it away, or give another --workdir."
-            )
+    length = ["num_steps"] if old.num_steps != new.num_steps else []
+    for name in (*runs.changed_settings(old, new), *length):
+        raise UserError(
+            f"the run in {workdir} was made with {name} {getattr(old, name)!r}, and its row "
+            f"has {getattr(new, name)!r}; move it away, or give another --workdir."
+        )
 
 
 def reproduce(

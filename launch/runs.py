@@ -33,6 +33,7 @@ __all__ = [
     "LoadedRun",
     "UserError",
     "WorkdirPlan",
+    "changed_settings",
     "default_config",
     "find_recipe",
     "find_workdir",
@@ -105,6 +106,16 @@ def _check_places(path: Path) -> None:
             raise UserError(f"{file} is a folder where a file must be; move it away.")
 
 
+def changed_settings(old: TrainingConfig, new: TrainingConfig) -> list[str]:
+    """Names of the settings that differ, without those that may change when a run goes on."""
+    names = [field.name for field in dataclasses.fields(new)]
+    return [
+        name
+        for name in names
+        if name not in TrainingConfig.RESUMABLE and getattr(old, name) != getattr(new, name)
+    ]
+
+
 def open_workdir(
     workdir: str, recipe: Recipe, settings: Mapping[str, Any], *, overwrite: bool
 ) -> WorkdirPlan:
@@ -148,14 +159,12 @@ def open_workdir(
         if field.metadata.get("follows") and settings.get(field.name) == field.default
     }
     config = make_config(recipe, {**settings, **followed})
-    for field in dataclasses.fields(config):
-        name = field.name
-        if name not in TrainingConfig.RESUMABLE and getattr(config, name) != getattr(old, name):
-            raise UserError(
-                f"config.{name} is {getattr(config, name)!r}, but the run in {workdir} was made "
-                f"with {getattr(old, name)!r}; give that value to go on with it, another "
-                "--workdir, or --overwrite to start again."
-            )
+    for name in changed_settings(old, config):
+        raise UserError(
+            f"config.{name} is {getattr(config, name)!r}, but the run in {workdir} was made "
+            f"with {getattr(old, name)!r}; give that value to go on with it, another "
+            "--workdir, or --overwrite to start again."
+        )
     return WorkdirPlan(path, config, must_clear=False, is_resumed=True)
 
 

@@ -11,8 +11,7 @@ COMPILED_IN_HASTE = (
     "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
 
-# Tracing makes millions of small objects, few of them garbage: looking for it took a tenth of the
-# time.
+# Tracing makes millions of small objects, few of them garbage, which costs time to look for.
 gc.set_threshold(200_000, 20, 20)
 
 # Before JAX starts: tests of 1, 2 and 8 devices run in this process.

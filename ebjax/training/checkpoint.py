@@ -34,8 +34,6 @@ __all__ = ["Checkpointer", "library_versions"]
 
 _log = logging.getLogger(__name__)
 _SCHEMA = 1
-# In the names of checkpoints that are being written.
-_IN_PART = ".orbax-checkpoint-tmp"
 # Fields that states of earlier versions lack; they take the values of a new state.
 _ADDED_FIELDS = ("rollbacks",)
 # How often a reader starts again because the run that it looks at goes on.
@@ -101,7 +99,7 @@ class Checkpointer:
         if not self._is_read_only and jax.process_index() == 0:
             # What a killed run left in part. Orbax would remove it in a thread that a manager does
             # not wait for when it is closed, and the next manager's would meet it there.
-            for left in self._directory.glob(f"*{_IN_PART}*"):
+            for left in self._directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(left, ignore_errors=True)
         # That a folder is only read is what was asked for, and no reason for a warning.
         with _level(logging.getLogger("absl"), logging.ERROR if self._is_read_only else None):

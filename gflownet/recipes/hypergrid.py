@@ -19,7 +19,7 @@ from gflownet.conditional import at_condition
 from gflownet.environments import HypergridState, hypergrid
 from gflownet.evaluation import sampling_floor
 from gflownet.recipes.flow_config import FlowConfig
-from gflownet.recipes.judging import ExactLaws, draw_fn, draw_one_fn, exact_laws_fn, flow_run
+from gflownet.recipes.judging import draw_fn, draw_one_fn, exact_laws_fn, flow_run
 from gflownet.recipes.learners import LEARNERS, Learner
 from gflownet.thompson import bootstrapped, thompson_policy, with_heads
 from gflownet.types import Environment
@@ -184,16 +184,13 @@ def _laws_of_heads(num_heads: int, environment: Environment, headed: Environment
     """``state -> ExactLaws`` of a draw by a random head; ``None`` where nothing is enumerated."""
     if environment.enumerate is None:
         return None
-    each = [
-        exact_laws_fn(at_condition(environment, headed, jnp.int32(head)), learner)
-        for head in range(num_heads)
-    ]
 
-    def laws(state: TrainState) -> ExactLaws:
-        found = [law(state) for law in each if law is not None]
-        return found[0]._replace(learned=np.mean([law.learned for law in found], axis=0))
+    def as_each_head(graph: exact.Graph):
+        for head in range(num_heads):
+            condition = np.full_like(graph.states.condition, head)
+            yield graph._replace(states=graph.states._replace(condition=condition))
 
-    return laws
+    return exact_laws_fn(at_condition(environment, headed, jnp.int32(0)), learner, as_each_head)
 
 
 def _source(config: HypergridConfig, environment: Environment) -> Source:

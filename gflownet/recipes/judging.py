@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -89,9 +89,17 @@ class ExactLaws(NamedTuple):
 
 
 def exact_laws_fn(
-    environment: Environment, learner: Learner
+    environment: Environment,
+    learner: Learner,
+    variants: Callable[[exact.Graph], Iterable[exact.Graph]] = lambda graph: (graph,),
 ) -> Callable[[TrainState], ExactLaws] | None:
-    """``state -> ExactLaws`` of the averaged policy; ``None`` where states are not enumerated."""
+    """``state -> ExactLaws`` of the averaged policy; ``None`` where states are not enumerated.
+
+    Args:
+      environment: the graph.
+      learner: how it is learned.
+      variants: what the policy may see of the graph, each as likely: the law is the mean of theirs.
+    """
     if environment.enumerate is None:
         return None
 
@@ -102,10 +110,19 @@ def exact_laws_fn(
     def laws(state: TrainState) -> ExactLaws:
         graph = tables()
         params = learner.policy_params(state.ema)
-        learned = exact.terminal_distribution(environment, learner.policy, params, graph)
+        learned = np.mean(
+            [
+                np.asarray(
+                    exact.terminal_distribution(environment, learner.policy, params, seen),
+                    np.float64,
+                )
+                for seen in variants(graph)
+            ],
+            axis=0,
+        )
         target, log_z = exact.target_distribution(environment, graph)
         states = jax.tree.map(lambda leaf: leaf[graph.terminal], graph.states)
-        return ExactLaws(states, np.asarray(learned, np.float64), np.asarray(target), log_z)
+        return ExactLaws(states, learned, np.asarray(target), log_z)
 
     return laws
 

@@ -119,10 +119,6 @@ def _sampler(config: Any, environment: Environment, policy: Policy) -> Trajector
     return sampler
 
 
-def _as_it_is(sampler: TrajectorySampler) -> TrajectorySampler:
-    return sampler
-
-
 def _at_source(environment: Environment, policy: Policy, params: Params):
     """What the policy says of the source."""
     source = environment.initial(jax.random.key(0))
@@ -190,7 +186,10 @@ def _learner(
     """A learner of one network, with further entries of ``params`` from ``extra``."""
 
     def learner(
-        config: Any, environment: Environment, make_policy=mlp_of_config, wrap_sampler=_as_it_is
+        config: Any,
+        environment: Environment,
+        make_policy=mlp_of_config,
+        wrap_sampler=lambda sampler: sampler,
     ) -> Learner:
         policy = make_policy(config, environment, with_flow=with_flow)
         options = {
@@ -422,7 +421,7 @@ def _trajectory_likelihood(config: Any, environment: Environment) -> Learner:
     )
 
 
-# (config, environment, make_policy=mlp_of_config, wrap_sampler=as it is) -> Learner. "led" needs
+# (config, environment, make_policy=mlp_of_config, wrap_sampler=identity) -> Learner. "led" needs
 # flat observations; "tlm" takes the first two alone and keeps the perceptron.
 LEARNERS: dict[str, Callable[..., Learner]] = {
     "tb": _learner(_trajectory_balance, log_z=_own_log_z, has_log_z=True),

@@ -110,7 +110,10 @@ def test_the_law_of_heads_is_that_of_their_draws():
     # So strong a prior that heads have laws far apart, of which the draws follow the mean.
     made, fresh, _ = trained(thompson_heads=3, thompson_prior=30.0, **{**SMALL, "num_steps": 1})
     found = made.evaluate(jax.random.key(1), fresh)
-    assert abs(found["total_variation_of_2000_samples"] - found["total_variation"]) < 0.06
+    gap = found["total_variation_of_2000_samples"] - found["total_variation"]
+    # At most the distance of n draws from their law p on 16 cells: ½ Σ sqrt(2p(1 - p) / πn) on
+    # average, at most 0.035, and more than that by sqrt(log(1e6) / 2n) = 0.059 once in a million.
+    assert abs(gap) < 0.094
 
 
 def test_settings_follow_the_objective():

@@ -13,13 +13,15 @@ is log R + log P_B - log P_F, whatever noise moved the path. E exp w = Z at any 
 every path at the best one, as the number of steps grows.
 
     tb        (log Z - w)² with a learned log Z
-    vargrad   (w - mean w)²
+    vargrad   (w - mean w)², the mean over the policy's own paths
     pis       -w on paths of the policy itself, with gradient through the path (reverse KL)
 
 The learned log Z of ``tb`` follows the mean of w and not log Z; quote ``FlowBounds``. On-policy
 training loses modes that it once forgot. ``local_search_steps`` moves Metropolis-adjusted Langevin
 chains, one an example slot, born from the policy's draws; half of the paths are then bridges back
-from where these chains are.
+from where these chains are. Each chain steers its step size h to the acceptance rate a* = 0.574
+that is best in high dimensions, log h <- log h + 0.1 (a - a*): one that is born far out, where the
+energy is steep, shortens its steps until it moves.
 
 Zhang and Chen, "Path integral sampler", ICLR 2022. Lahlou et al., "A theory of continuous
 generative flow networks", ICML 2023. Sendera et al., "Improved off-policy training of diffusion
@@ -55,6 +57,9 @@ __all__ = [
 DIFFUSION_LOSSES = ("tb", "vargrad", "pis")
 
 Drift = Callable[[jax.Array, jax.Array], jax.Array]
+
+_TARGET_ACCEPTANCE = 0.574
+_ADAPTATION_GAIN = 0.1
 
 
 class DiffusionProcess(NamedTuple):
@@ -181,9 +186,10 @@ def target_log_weight(
 
 
 class _Chains(NamedTuple):
-    """``position`` [B, D] of the local search and ``age`` [B], the number of updates."""
+    """The local search: ``position`` [B, D], ``log_step_size`` [B], ``age`` [B] in updates."""
 
     position: jax.Array
+    log_step_size: jax.Array
     age: jax.Array
 
 
@@ -230,7 +236,7 @@ def diffusion_objective(
       energy_params: parameters of the energy.
       local_search_steps: Metropolis-adjusted Langevin steps that each slot's chain takes an update;
         0 has no chains and all paths are the policy's. Not with "pis".
-      local_search_step_size: h of these.
+      local_search_step_size: h of these at the start.
       rebirth_probability: chance that a chain goes on from the policy's draw.
       axis_name: the mapped axis of devices, over which "vargrad" takes its mean.
 
@@ -238,7 +244,7 @@ def diffusion_objective(
       An ``Objective`` whose parameters are ``{"policy": ..., "log_z": []}`` (without ``log_z``
       unless "tb"), and whose batch is not used. Metrics: ``elbo`` (mean w of the policy's paths,
       below log Z without exploration), ``log_z`` with "tb", ``log_reward``, ``exploration``, and
-      ``acceptance_rate`` of the chains.
+      ``acceptance_rate`` and ``log_step_size`` (mean) of the chains.
 
     Raises:
       ValueError: naming the option that is out of range.
@@ -276,7 +282,11 @@ def _init(key, params, batch, *, rules: _Rules):
     del params
     size = len(jax.tree.leaves(batch)[0])
     noise = jax.random.normal(key, (size, rules.dim))
-    return _Chains(math.sqrt(rules.process.variance) * noise, jnp.zeros(size, jnp.int32))
+    return _Chains(
+        position=math.sqrt(rules.process.variance) * noise,
+        log_step_size=jnp.full(size, jnp.log(rules.local_search_step_size)),
+        age=jnp.zeros(size, jnp.int32),
+    )
 
 
 def _loss(params, carry: _Chains, keys, batch, *, rules: _Rules):
@@ -316,23 +326,24 @@ def _loss(params, carry: _Chains, keys, batch, *, rules: _Rules):
         is_own = (jnp.arange(len(keys)) + carry.age) % 2 == 0
         paths = jnp.where(is_own[:, None, None], paths, bridges)
         metrics["acceptance_rate"] = acceptance
+        metrics["log_step_size"] = carry.log_step_size.mean()
     paths = jax.lax.stop_gradient(paths)
     controls = jax.vmap(lambda path: control_of(rules.process, drift, path))(paths)
     weights, energies = _weights(rules, paths[:, -1], controls)
+    own, num_own = jnp.sum(jnp.where(is_own, weights, 0.0)), is_own.sum()
+    metrics |= {
+        "elbo": own / jnp.maximum(num_own, 1),
+        "log_reward": jnp.sum(jnp.where(is_own, -energies, 0.0)) / jnp.maximum(num_own, 1),
+        "exploration": share,
+    }
     if rules.loss == "tb":
         residuals = params["log_z"] - weights
         metrics["log_z"] = params["log_z"]
     else:
-        mean = jax.lax.stop_gradient(weights.mean())
+        # Of the policy's own paths only: there it is the baseline of least variance.
         if rules.axis_name is not None:
-            mean = jax.lax.pmean(mean, rules.axis_name)
-        residuals = weights - mean
-    num_own = jnp.maximum(is_own.sum(), 1)
-    metrics |= {
-        "elbo": jnp.sum(jnp.where(is_own, weights, 0.0)) / num_own,
-        "log_reward": jnp.sum(jnp.where(is_own, -energies, 0.0)) / num_own,
-        "exploration": share,
-    }
+            own, num_own = jax.lax.psum((own, num_own), rules.axis_name)
+        residuals = weights - jax.lax.stop_gradient(own) / jnp.maximum(num_own, 1)
     carry = carry._replace(age=carry.age + 1)
     return jnp.mean(jnp.square(residuals)), (carry, metrics)
 
@@ -346,12 +357,12 @@ def _weights(rules: _Rules, ends: jax.Array, controls: jax.Array) -> tuple[jax.A
 
 def _search(keys, rules: _Rules, carry: _Chains, drawn: jax.Array) -> tuple[_Chains, Any]:
     """Chains take their steps; some go on from what the policy drew."""
-    kernel = mala(step_size=rules.local_search_step_size)
 
-    def one(key, position, fresh):
+    def one(key, position, log_step_size, fresh):
         birth_key, chain_key = jax.random.split(key)
         is_born = jax.random.bernoulli(birth_key, rules.rebirth_probability)
         position = jnp.where(is_born | ~jnp.isfinite(position).all(), fresh, position)
+        kernel = mala(step_size=jnp.exp(log_step_size))
         state = kernel.init(rules.energy_fn, rules.energy_params, position)
         state, info = run_chain(
             chain_key,
@@ -361,9 +372,13 @@ def _search(keys, rules: _Rules, carry: _Chains, drawn: jax.Array) -> tuple[_Cha
             state,
             rules.local_search_steps,
         )
-        return state.position, info.acceptance_rate
+        error = jnp.nan_to_num(info.acceptance_rate) - _TARGET_ACCEPTANCE
+        return state.position, log_step_size + _ADAPTATION_GAIN * error, info.acceptance_rate
 
     # All chains are born at the first update: there was no policy before.
     positions = jnp.where((carry.age == 0)[:, None], drawn, carry.position)
-    positions, acceptance = jax.vmap(one)(keys, positions, drawn)
-    return carry._replace(position=positions), acceptance.mean()
+    positions, log_step_size, acceptance = jax.vmap(one)(
+        keys, positions, carry.log_step_size, drawn
+    )
+    carry = carry._replace(position=positions, log_step_size=log_step_size)
+    return carry, acceptance.mean()

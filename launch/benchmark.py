@@ -5,9 +5,11 @@
 
 Each variant runs in a process of its own. The variants take turns for several rounds, so that a
 machine which slows down slows all of them; a ratio is the median over rounds of the two rates of
-the same round. Compilation is reported apart. A comparison with a bar ends the output as
+the same round. Compilation is reported apart. A comparison ends the output as
 
   NAME vs PEER ratio=X bar=Y
+
+where it has a bar.
 
 Peers come with the extra 'bench' (see CONTRIBUTING.md for the two that pip cannot resolve); those
 that are not installed are skipped with a line that says how to install them.
@@ -151,7 +153,7 @@ def _compare(suite: Suite, workers: dict[str, _Worker], console: Console) -> lis
         line = f"{comparison.name} vs {comparison.peer}{of_what} ratio={ratio:.2f}"
         if comparison.group:
             groups[comparison.group, comparison.bar].append(ratio)
-        else:
+        elif comparison.bar:
             line += f" bar={comparison.bar:g}"
         console.print(line, highlight=False)
     for (group, bar), ratios in groups.items():

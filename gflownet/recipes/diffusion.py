@@ -78,7 +78,7 @@ class DiffusionConfig(AdamConfig):
     exploration: float = setting(0.2, "further noise of a step, at the start; not with pis")
     exploration_decay_steps: int = setting(-1, "when it has fallen to 0", follows="num_steps")
     local_search_steps: int = setting(2, "steps of each slot's chain in an update; not with pis")
-    local_search_step_size: float = setting(0.05, "of these chains")
+    local_search_step_size: float = setting(0.05, "of these chains, at the start")
     rebirth_probability: float = setting(0.02, "chance that a chain goes on from a new draw")
     num_evaluated: int = setting(2000, "paths in each direction when the sampler is judged")
 

@@ -26,7 +26,7 @@ from launch.benchmarks.flow_peers import GfnxTask, gfnx_workload
 from launch.benchmarks.own import flow_workload
 from launch.benchmarks.workload import Workload, import_peer
 
-__all__ = ["ebjax_task", "gfnx_task"]
+__all__ = ["ebjax_task", "gfnx_task", "own_flow"]
 
 HIDDEN = (256, 256)
 SIDE, COUPLING = 10, 0.2
@@ -52,7 +52,8 @@ def _couplings() -> np.ndarray:
     return true_couplings(SIDE, 0.5 * COUPLING).astype(np.float32)
 
 
-def _own(task: str) -> tuple[Environment, Policy]:
+def own_flow(task: str) -> tuple[Environment, Policy]:
+    """This package's environment and network of a task."""
     if task == "bits":
         environment = environments.bit_sequences(
             num_bits=NUM_BITS,
@@ -105,7 +106,7 @@ def ebjax_task(
         num_devices: devices that trajectories are split over.
         chunk_size: states evaluated at a time in the gradient pass.
     """
-    environment, policy = _own(task)
+    environment, policy = own_flow(task)
     objective = trajectory_balance(environment, policy, epsilon=EPSILON, chunk_size=chunk_size)
 
     def init(key: jax.Array) -> Any:

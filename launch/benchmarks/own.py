@@ -23,9 +23,11 @@ from launch.benchmarks.grid_law import grid_positions, time_to_law_workload
 from launch.benchmarks.workload import Workload
 
 __all__ = [
+    "FlowParts",
     "dispatch",
     "flow_hypergrid",
     "flow_workload",
+    "hypergrid_flow",
     "pcd",
     "sampler",
     "time_to_law",
@@ -194,9 +196,9 @@ def flow_hypergrid(
         num_updates: updates of one `run()`, in one dispatch.
         seed: seed of the network and of all sampling.
         num_devices: devices that the trajectories are split over.
-        **options: of `_hypergrid_flow`.
+        **options: of `hypergrid_flow`.
     """
-    parts = _hypergrid_flow(dim=dim, side=side, **options)
+    parts = hypergrid_flow(dim=dim, side=side, **options)
     return flow_workload(
         f"gflownet hypergrid {dim}-D side {side}",
         parts.init,
@@ -209,7 +211,7 @@ def flow_hypergrid(
     )
 
 
-class _FlowParts(NamedTuple):
+class FlowParts(NamedTuple):
     """What trains a flow."""
 
     environment: Environment
@@ -219,7 +221,7 @@ class _FlowParts(NamedTuple):
     optimizer: optax.GradientTransformation
 
 
-def _hypergrid_flow(
+def hypergrid_flow(
     *,
     dim: int,
     side: int,
@@ -230,7 +232,7 @@ def _hypergrid_flow(
     epsilon: float = 0.1,
     frozen: bool = False,
     chunk_size: int = 128,
-) -> _FlowParts:
+) -> FlowParts:
     """Trajectory balance on the hypergrid, learned P_B on the shared trunk.
 
     Args:
@@ -269,7 +271,7 @@ def _hypergrid_flow(
             "log_z": optax.adam(rate(log_z_learning_rate)),
         }
     )
-    return _FlowParts(environment, policy, init, objective, optimizer)
+    return FlowParts(environment, policy, init, objective, optimizer)
 
 
 def time_to_law(
@@ -290,7 +292,7 @@ def time_to_law(
     """
 
     def start(seed: int):
-        parts = _hypergrid_flow(dim=dim, side=side)
+        parts = hypergrid_flow(dim=dim, side=side)
         program = TrainingProgram(
             parts.init,
             parts.objective,

@@ -30,7 +30,7 @@ class Variant(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """A ratio of rates with a bar: ``name`` over ``peer`` must be at least ``bar``.
+    """A ratio of rates: ``name`` over ``peer`` must be at least ``bar``; 0 is no bar.
 
     The ratios of one ``group`` have no bar of their own but one of their geometric mean. With a
     ``fact`` that measured figure is compared and not the rate.
@@ -38,7 +38,7 @@ class Comparison(NamedTuple):
 
     name: str
     peer: str
-    bar: float
+    bar: float = 0.0
     group: str = ""
     fact: str = ""
 
@@ -118,6 +118,12 @@ def _langevin() -> Suite:
     )
 
 
+def _products(name: str, function: str, length: int, updates: int, **options: Any) -> Variant:
+    """What no code around the network can save, for trajectories of ``length`` steps."""
+    options |= {"num_trajectories": 16, "length": length, "num_updates": updates}
+    return Variant(name, "flow_products", function, options, updates)
+
+
 def _gflownet_hypergrid() -> Suite:
     # The initial networks of the three libraries differ, so the stop bias that gives the same mean
     # length does too; the length that came out is in the table. Rates are zero so that it stays.
@@ -149,6 +155,13 @@ def _gflownet_hypergrid() -> Suite:
             Comparison(f"gflownet-{length}", f"{peer}-{length}", bar)
             for peer, bar in bars[length].items()
         ]
+        steps = {"short": 8, "long": 23}[length]
+        variants.append(
+            _products(
+                f"products-{length}", "hypergrid_products", steps, 400, dim=4, side=20, seed=0
+            )
+        )
+        comparisons.append(Comparison(f"products-{length}", f"gfnx-{length}"))
     return Suite(
         "Trajectory balance, hypergrid 4-D side 20, 16 trajectories, MLP 2x256, learned P_B",
         "updates",
@@ -168,11 +181,18 @@ def _gflownet_small_grid() -> Suite:
     return Suite(
         "Trajectory balance, hypergrid 2-D side 8, 16 trajectories, MLP 2x256, learned P_B",
         "updates",
-        tuple(
-            Variant(name, module, function, {**grid, "num_updates": updates}, updates)
-            for name, module, function, updates in rows
+        (
+            *(
+                Variant(name, module, function, {**grid, "num_updates": updates}, updates)
+                for name, module, function, updates in rows
+            ),
+            _products("products", "hypergrid_products", 8, 1000, dim=2, side=8, seed=0),
         ),
-        (Comparison("gflownet", "gfnx", 2.0), Comparison("gflownet", "torchgfn", 8.0)),
+        (
+            Comparison("gflownet", "gfnx", 2.0),
+            Comparison("gflownet", "torchgfn", 8.0),
+            Comparison("products", "gfnx"),
+        ),
     )
 
 
@@ -205,6 +225,7 @@ def _gflownet_tasks() -> Suite:
         "bits": (20, 10),
     }
     bars = {"tfbind8": 1.5, "ising": 1.5, "dag": 1.5, "bits": 1.3}
+    lengths = {"tfbind8": 8, "ising": 100, "dag": 6, "bits": 15}
     variants = []
     for task, counts in updates.items():
         for (name, function), count in zip(
@@ -212,11 +233,17 @@ def _gflownet_tasks() -> Suite:
         ):
             options = {"task": task, "num_trajectories": 16, "num_updates": count}
             variants.append(Variant(f"{name}-{task}", "flow_tasks", function, options, count))
+        variants.append(
+            _products(f"products-{task}", "task_products", lengths[task], counts[0], task=task)
+        )
     return Suite(
         "Trajectory balance, 16 trajectories, uniform P_B, same networks",
         "updates",
         tuple(variants),
-        tuple(Comparison(f"gflownet-{task}", f"gfnx-{task}", bar) for task, bar in bars.items()),
+        (
+            *(Comparison(f"gflownet-{task}", f"gfnx-{task}", bar) for task, bar in bars.items()),
+            *(Comparison(f"products-{task}", f"gfnx-{task}") for task in bars),
+        ),
     )
 
 

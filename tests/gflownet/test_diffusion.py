@@ -210,6 +210,67 @@ def test_chains_of_the_local_search_keep_what_the_policy_forgot():
     assert 0.0 < float(metrics["acceptance_rate"]) <= 1.0
 
 
+def test_chains_that_are_born_where_the_energy_is_steep_shorten_their_steps_until_they_move():
+    """From 6 standard deviations of a quartic well no step of the first size is accepted."""
+    objective = diffusion_objective(
+        lambda params, x: jnp.sum(x**4),
+        diffusion_policy(2, features=4),
+        PROCESS,
+        2,
+        local_search_steps=4,
+        rebirth_probability=0.0,
+        local_search_step_size=0.5,
+    )
+    params = {"policy": diffusion_policy(2, features=4).init(jax.random.key(0))}
+    params["log_z"] = jnp.zeros(())
+    carry = objective.init(jax.random.key(0), params, jnp.zeros(64))
+    start = carry._replace(position=jnp.full((64, 2), 6.0), age=jnp.ones(64, jnp.int32))
+
+    @jax.jit
+    def search(carry):
+        def body(carry, t):
+            keys = jax.random.split(jax.random.fold_in(jax.random.key(1), t), 64)
+            _, (carry, metrics) = objective.loss(params, carry, keys, jnp.zeros(64))
+            return carry, metrics["acceptance_rate"]
+
+        return jax.lax.scan(body, carry, jnp.arange(400))
+
+    carry, acceptance = search(start)
+    assert float(acceptance[0]) == 0.0
+    assert float(jnp.abs(carry.position).max()) < 3.0
+    # What it settles at is the target, up to the noise of 64 slots over 100 updates.
+    assert abs(float(acceptance[-100:].mean()) - 0.574) < 0.03
+
+
+def test_the_baseline_of_vargrad_is_the_mean_over_the_policys_own_paths(x64):
+    """The loss from the weights of both kinds of paths, written out."""
+    policy = diffusion_policy(2, features=4)
+    params = {"policy": policy.init(jax.random.key(0))}
+    objective = diffusion_objective(
+        energy_fn,
+        policy,
+        PROCESS,
+        2,
+        loss="vargrad",
+        energy_params=0.7,
+        local_search_steps=1,
+        rebirth_probability=0.0,
+    )
+    carry = objective.init(jax.random.key(2), params, jnp.zeros(6))
+    carry = carry._replace(age=jnp.full(6, 2, jnp.int32))
+    keys = jax.random.split(jax.random.key(1), 6)
+    value, (after, metrics) = jax.jit(objective.loss)(params, carry, keys, jnp.zeros(6))
+    split = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
+    args = (PROCESS, policy, params["policy"], energy_fn, 0.7)
+    own = [draw(split[i, 0], *args, 2)[1] for i in (0, 2, 4)]
+    back = [target_log_weight(split[i, 2], *args, after.position[i]) for i in (1, 3, 5)]
+    weights, mean = np.array(own + back), np.mean(own)
+    np.testing.assert_allclose(metrics["elbo"], mean, rtol=1e-10)
+    np.testing.assert_allclose(value, np.mean((weights - mean) ** 2), rtol=1e-10)
+    # The planted bug: a mean over all paths.
+    assert abs(np.var(weights) - float(value)) > 0.01 * float(value)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

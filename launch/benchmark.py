@@ -30,7 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 from launch import command, runs
-from launch.benchmarks.suites import SUITES, Suite, Variant
+from launch.benchmarks.suite import Suite, Variant
+from launch.benchmarks.suites import SUITES
 from launch.runs import UserError
 
 __all__ = ["main", "run_suite"]

@@ -73,8 +73,9 @@ def _products(
     def outputs(params: Any, observations: jax.Array) -> jax.Array:
         """[] a sum of all that the network says, each number with a weight of its own."""
         output = jax.vmap(lambda x: policy.apply(params, x, *masks))(observations)
-        said = jax.tree.leaves((output.forward.logits, output.backward.logits, output.log_flow))
-        return sum(jnp.vdot(jnp.sin(jnp.arange(leaf.size)), leaf.ravel()) for leaf in said)
+        said = [x for x in jax.tree.leaves(output) if jnp.issubdtype(x.dtype, jnp.floating)]
+        terms = [jnp.vdot(jnp.sin(jnp.arange(x.size)), x.ravel()) for x in said]
+        return jnp.sum(jnp.stack(terms))
 
     def observations(count: int, total: jax.Array) -> jax.Array:
         """What depends on the last result, so that no two evaluations are one."""

@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 
 from launch import benchmark
-from launch.benchmarks.suites import SUITES, Comparison, Suite, Variant
+from launch.benchmarks.suite import Comparison, Suite, Variant
+from launch.benchmarks.suites import SUITES
 
 
 def tiny(name, steps_per_call, num_updates=20):

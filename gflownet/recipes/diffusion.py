@@ -50,7 +50,7 @@ __all__ = ["DiffusionConfig", "recipe"]
 _TARGETS: dict[str, tuple[Callable[[int], Target], float]] = {
     "nine_gaussians": (lambda dim: targets.nine_gaussians(), 5.0),
     "twenty_five_gaussians": (lambda dim: targets.twenty_five_gaussians(), 5.0),
-    "funnel": (lambda dim: targets.funnel(dim or 10), 1.0),
+    "funnel": (lambda dim: targets.funnel(dim or 10), 5.0),
     "many_well": (lambda dim: targets.many_well(dim or 32), 1.0),
 }
 
@@ -67,7 +67,7 @@ class DiffusionConfig(AdamConfig):
     batch_size: int = setting(256)
     steps_per_call: int = setting(20)
     ema_decay: float = setting(0.99)
-    learning_rate: float = setting(1e-3)
+    learning_rate: float = setting(5e-3)
     gradient_clip: float = setting(10.0)
     log_z_learning_rate: float = setting(0.1, "tb: learning rate of log Z")
     path_steps: int = setting(40, "T, steps of a path")

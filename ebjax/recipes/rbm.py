@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +47,7 @@ from ebjax.training import (
     check_between,
     setting,
 )
-from ebjax.types import Recipe, Run, TrainState
+from ebjax.types import Kernel, Objective, Recipe, Run, TrainState
 
 __all__ = ["RBMConfig", "free_energy_differences", "load_images", "recipe"]
 
@@ -137,12 +139,29 @@ def _log_odds(images: np.ndarray) -> np.ndarray:
     return np.log(mean / (1.0 - mean)).astype(np.float32)
 
 
-def build(config: RBMConfig) -> Run:
-    """Makes the run of a config."""
-    training, held_out = load_images(config)
-    shape = training.shape[1:]
-    num_visible = math.prod(shape)
-    is_exact = min(num_visible, config.num_hidden) <= math.log2(MAX_STATES)
+class _Images(NamedTuple):
+    """The data, binary once and for all where they are looked at.
+
+    Attributes:
+      grey: [N, ...] training images as they were read.
+      training: [N, V].
+      held_out: [M, V].
+      base_bias: [V] log-odds of the training pixels' means.
+    """
+
+    grey: np.ndarray
+    training: jax.Array
+    held_out: jax.Array
+    base_bias: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one image."""
+        return self.grey.shape[1:]
+
+
+def _binarizer(config: RBMConfig) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """``(key, grey image) -> [V]`` in {0, 1}."""
 
     def binarize(key: jax.Array, image: jax.Array) -> jax.Array:
         grey = jnp.ravel(image)
@@ -152,57 +171,139 @@ def build(config: RBMConfig) -> Run:
             level = 1.0 - jax.random.uniform(key, grey.shape)
         return (grey >= level).astype(jnp.float32)
 
-    def fixed(images: np.ndarray) -> jax.Array:
-        """All images, binarised once and for all."""
-        keys = jax.random.split(jax.random.key(_BINARIZE_SEED), len(images))
-        return jax.jit(jax.vmap(binarize))(keys, images)
+    return binarize
 
-    fixed_training, fixed_held_out = fixed(training), fixed(held_out)
-    base_bias = _log_odds(np.asarray(fixed_training))
-    base_probability = jax.nn.sigmoid(jnp.asarray(base_bias))
+
+def _binary_images(config: RBMConfig) -> _Images:
+    training, held_out = load_images(config)
+    binarize = jax.jit(jax.vmap(_binarizer(config)))
+
+    def fixed(images: np.ndarray) -> jax.Array:
+        return binarize(jax.random.split(jax.random.key(_BINARIZE_SEED), len(images)), images)
+
+    binary = fixed(training)
+    return _Images(training, binary, fixed(held_out), _log_odds(np.asarray(binary)))
+
+
+def _objective(config: RBMConfig, kernel: Kernel, independent_pixels) -> Objective:
+    if config.method == "from_data":
+        return contrastive_divergence(rbm_free_energy, kernel, num_steps=config.gibbs_steps)
+    return persistent_contrastive_divergence(
+        rbm_free_energy,
+        kernel,
+        independent_pixels,
+        num_steps=config.gibbs_steps,
+        chains_per_example=config.chains_per_example,
+        rebirth_probability=config.rebirth_probability,
+    )
+
+
+_free_energies = jax.jit(jax.vmap(rbm_free_energy, (None, 0)))
+
+
+def _reconstruct(params: RBMParams, x: jax.Array) -> jax.Array:
+    """[..., V] mean of the pixels given the mean of the hidden units given ``x`` [..., V]."""
+    hidden = jax.nn.sigmoid(params.hidden_bias + x @ params.weights)
+    return jax.nn.sigmoid(params.visible_bias + hidden @ params.weights.T)
+
+
+@jax.jit
+def _cheap_figures(params: RBMParams, images: jax.Array) -> dict[str, jax.Array]:
+    """What needs no log Z."""
+
+    def pseudo(x):
+        return -pseudolikelihood_loss(free_energy_differences(params, x))
+
+    return {
+        "pseudo_log_likelihood": jax.lax.map(pseudo, images, batch_size=10).mean(),
+        "reconstruction_error": jnp.abs(_reconstruct(params, images) - images).mean(),
+    }
+
+
+def _likelihoods(
+    config: RBMConfig, images: _Images, key: jax.Array, params: RBMParams
+) -> dict[str, float]:
+    """Log-likelihoods, annealed both ways, and exact where one layer can be summed out."""
+    forward_key, back_key = jax.random.split(key)
+    annealed = rbm_annealed_log_z(
+        forward_key,
+        params,
+        images.base_bias,
+        num_chains=config.ais_chains,
+        inverse_temperatures=config.ais_temperatures,
+    )
+    log_z, error = float(annealed.log_z), float(annealed.log_z_standard_error)
+    scores = -np.asarray(_free_energies(params, images.held_out), np.float64)
+    score = float(scores.mean())
+    # As many chains back as there are forwards.
+    back = rbm_annealed_log_likelihood(
+        back_key,
+        params,
+        images.base_bias,
+        images.held_out[: config.ais_chains],
+        inverse_temperatures=config.ais_temperatures,
+    )
+    base_bias = jnp.asarray(images.base_bias)
+    base = images.held_out * base_bias - jax.nn.softplus(base_bias)
+    figures = {
+        "log_likelihood_held_out": score - log_z,
+        "log_likelihood_held_out_low": score - log_z - 2.0 * error,
+        "log_likelihood_held_out_high": score - log_z + 2.0 * error,
+        "log_likelihood_held_out_conservative": float(back.mean()),
+        "standard_error_over_images": float(scores.std(ddof=1) / math.sqrt(len(scores))),
+        "log_likelihood_training": -float(_free_energies(params, images.training).mean()) - log_z,
+        "log_likelihood_of_independent_pixels": float(base.sum(axis=-1).mean()),
+        "log_z": log_z,
+        "log_z_standard_error": error,
+    }
+    if min(params.weights.shape) <= math.log2(MAX_STATES):
+        exact = float(rbm_log_z(params))
+        figures["log_z_exact"] = exact
+        figures["log_likelihood_held_out_exact"] = score - exact
+    return figures
+
+
+def _pictures(config: RBMConfig, images: _Images, params: RBMParams, samples, chains_of):
+    """Data beside samples, the weights, and chains that start from independent pixels."""
+    from ebjax.figures import chain_strip, image_grids
+
+    shape = images.shape
+    if len(shape) not in (2, 3):
+        return {}
+    unit = (0.0, 1.0)
+    weights = np.asarray(params.weights).T.reshape(-1, *shape)
+    strongest = np.argsort(-np.abs(weights).reshape(len(weights), -1).sum(axis=1))
+    limit = max(float(np.quantile(np.abs(weights), 0.995)), 1e-6)
+    every = max(1, config.sample_steps // 10)
+    positions = chains_of(16, 10, every).reshape(-1, 16, *shape)
+    return {
+        "samples": image_grids(
+            {"data": np.asarray(images.training).reshape(-1, *shape), **samples}, limits=unit
+        ),
+        "filters": image_grids({"filters": weights[strongest]}, limits=(-limit, limit)),
+        "chains": chain_strip(
+            positions,
+            [every * t for t in range(11)],
+            limits=unit,
+            label="Gibbs steps from independent pixels",
+        ),
+    }
+
+
+def build(config: RBMConfig) -> Run:
+    """Makes the run of a config."""
+    images = _binary_images(config)
+    num_visible = math.prod(images.shape)
+    base_probability = jax.nn.sigmoid(jnp.asarray(images.base_bias))
+    kernel = rbm_marginal_gibbs()
 
     def independent_pixels(key: jax.Array) -> jax.Array:
         return jax.random.bernoulli(key, base_probability).astype(jnp.float32)
 
     def init(key: jax.Array) -> RBMParams:
         weights = config.weight_scale * jax.random.normal(key, (num_visible, config.num_hidden))
-        visible_bias = jnp.asarray(base_bias if config.bias_from_data else np.zeros_like(base_bias))
-        return RBMParams(weights, visible_bias, jnp.zeros(config.num_hidden))
-
-    kernel = rbm_marginal_gibbs()
-    if config.method == "persistent":
-        objective = persistent_contrastive_divergence(
-            rbm_free_energy,
-            kernel,
-            independent_pixels,
-            num_steps=config.gibbs_steps,
-            chains_per_example=config.chains_per_example,
-            rebirth_probability=config.rebirth_probability,
-        )
-    else:
-        objective = contrastive_divergence(rbm_free_energy, kernel, num_steps=config.gibbs_steps)
-    optimizer = optax.chain(
-        optax.add_decayed_weights(config.weight_decay, mask=_weights_only),
-        optax.sgd(config.schedule(), momentum=config.momentum or None),
-    )
-    free_energies = jax.jit(jax.vmap(rbm_free_energy, (None, 0)))
-
-    def reconstruct(params: RBMParams, x: jax.Array) -> jax.Array:
-        hidden = jax.nn.sigmoid(params.hidden_bias + x @ params.weights)
-        return jax.nn.sigmoid(params.visible_bias + hidden @ params.weights.T)
-
-    @jax.jit
-    def cheap_figures(params: RBMParams):
-        """What needs no log Z, on the held-out images."""
-
-        def pseudo(x):
-            return -pseudolikelihood_loss(free_energy_differences(params, x))
-
-        error = jnp.abs(reconstruct(params, fixed_held_out) - fixed_held_out)
-        return {
-            "pseudo_log_likelihood": jax.lax.map(pseudo, fixed_held_out, batch_size=10).mean(),
-            "reconstruction_error": error.mean(),
-        }
+        bias = images.base_bias if config.bias_from_data else np.zeros_like(images.base_bias)
+        return RBMParams(weights, jnp.asarray(bias), jnp.zeros(config.num_hidden))
 
     def run_chains(key, params, num_chains: int, num_samples: int, thinning: int):
         start_key, chain_key = jax.random.split(key)
@@ -218,112 +319,60 @@ def build(config: RBMConfig) -> Run:
         )
         return np.concatenate([np.asarray(start)[None], np.asarray(draws.positions)])
 
-    def energy_fn(params: RBMParams, x: jax.Array) -> jax.Array:
-        return rbm_free_energy(params, jnp.ravel(x))
-
     def draw(key, params: RBMParams):
         start_key, chain_key = jax.random.split(key)
         chain = kernel.init(rbm_free_energy, params, independent_pixels(start_key))
         steps = config.sample_steps
         chain, _ = run_chain(chain_key, kernel, rbm_free_energy, params, chain, steps)
-        return chain.position.reshape(shape)
+        return chain.position.reshape(images.shape)
 
     def sample_images(key, state: TrainState, num_samples: int):
         positions = run_chains(key, state.ema, num_samples, 1, config.sample_steps)[-1]
-        probabilities = reconstruct(state.ema, jnp.asarray(positions))
+        probabilities = _reconstruct(state.ema, jnp.asarray(positions))
         return {
-            "images": positions.reshape(-1, *shape),
-            "probabilities": np.asarray(probabilities).reshape(-1, *shape),
+            "images": positions.reshape(-1, *images.shape),
+            "probabilities": np.asarray(probabilities).reshape(-1, *images.shape),
         }
+
+    def cheap_figures(params: RBMParams) -> dict[str, float]:
+        found = _cheap_figures(params, images.held_out)
+        return {name: float(value) for name, value in found.items()}
 
     def monitor(key, state: TrainState):
         del key
-        figures = {name: float(value) for name, value in cheap_figures(state.ema).items()}
+        figures = cheap_figures(state.ema)
         figures["negative_pseudo_log_likelihood"] = -figures.pop("pseudo_log_likelihood")
         # Grows as the machine learns its training images by heart.
         figures["free_energy_gap"] = float(
-            free_energies(state.ema, fixed_held_out).mean()
-            - free_energies(state.ema, fixed_training[: len(fixed_held_out)]).mean()
+            _free_energies(state.ema, images.held_out).mean()
+            - _free_energies(state.ema, images.training[: len(images.held_out)]).mean()
         )
         return figures
-
-    def evaluate(key, state: TrainState):
-        params = state.ema
-        key, back_key = jax.random.split(key)
-        annealed = rbm_annealed_log_z(
-            key,
-            params,
-            base_bias,
-            num_chains=config.ais_chains,
-            inverse_temperatures=config.ais_temperatures,
-        )
-        log_z, error = float(annealed.log_z), float(annealed.log_z_standard_error)
-        scores = -np.asarray(free_energies(params, fixed_held_out), np.float64)
-        score = float(scores.mean())
-        # As many chains back as there are forwards.
-        back = rbm_annealed_log_likelihood(
-            back_key,
-            params,
-            base_bias,
-            fixed_held_out[: config.ais_chains],
-            inverse_temperatures=config.ais_temperatures,
-        )
-        base = fixed_held_out * base_bias - jax.nn.softplus(jnp.asarray(base_bias))
-        figures = {
-            "log_likelihood_held_out": score - log_z,
-            "log_likelihood_held_out_low": score - log_z - 2.0 * error,
-            "log_likelihood_held_out_high": score - log_z + 2.0 * error,
-            "log_likelihood_held_out_conservative": float(back.mean()),
-            "standard_error_over_images": float(scores.std(ddof=1) / math.sqrt(len(scores))),
-            "log_likelihood_training": -float(free_energies(params, fixed_training).mean()) - log_z,
-            "log_likelihood_of_independent_pixels": float(base.sum(axis=-1).mean()),
-            "log_z": log_z,
-            "log_z_standard_error": error,
-            **{name: float(value) for name, value in cheap_figures(params).items()},
-        }
-        if is_exact:
-            exact = float(rbm_log_z(params))
-            figures["log_z_exact"] = exact
-            figures["log_likelihood_held_out_exact"] = score - exact
-        return figures
-
-    def figures(key, state: TrainState, samples):
-        from ebjax.figures import chain_strip, image_grids
-
-        is_image = len(shape) in (2, 3)
-        if not is_image:
-            return {}
-        unit = (0.0, 1.0)
-        weights = np.asarray(state.ema.weights).T.reshape(-1, *shape)
-        strongest = np.argsort(-np.abs(weights).reshape(len(weights), -1).sum(axis=1))
-        limit = max(float(np.quantile(np.abs(weights), 0.995)), 1e-6)
-        every = max(1, config.sample_steps // 10)
-        positions = run_chains(key, state.ema, 16, 10, every).reshape(-1, 16, *shape)
-        return {
-            "samples": image_grids(
-                {"data": np.asarray(fixed_training).reshape(-1, *shape), **samples}, limits=unit
-            ),
-            "filters": image_grids({"filters": weights[strongest]}, limits=(-limit, limit)),
-            "chains": chain_strip(
-                positions,
-                [every * t for t in range(11)],
-                limits=unit,
-                label="Gibbs steps from independent pixels",
-            ),
-        }
 
     return Run(
         init=init,
-        objective=objective,
-        optimizer=optimizer,
-        source=array_source(training, transform=binarize),
+        objective=_objective(config, kernel, independent_pixels),
+        optimizer=optax.chain(
+            optax.add_decayed_weights(config.weight_decay, mask=_weights_only),
+            optax.sgd(config.schedule(), momentum=config.momentum or None),
+        ),
+        source=array_source(images.grey, transform=_binarizer(config)),
         sample=sample_images,
-        evaluate=evaluate,
-        figures=figures,
+        evaluate=lambda key, state: {
+            **_likelihoods(config, images, key, state.ema),
+            **cheap_figures(state.ema),
+        },
+        figures=lambda key, state, samples: _pictures(
+            config,
+            images,
+            state.ema,
+            samples,
+            lambda *sizes: run_chains(key, state.ema, *sizes),
+        ),
         monitor=monitor,
         monitor_name="negative_pseudo_log_likelihood",
         progress=("energy_gap", "chains_finite", "gradient_norm"),
-        energy=energy_fn,
+        energy=lambda params, x: rbm_free_energy(params, jnp.ravel(x)),
         draw=draw,
     )
 

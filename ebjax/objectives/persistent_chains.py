@@ -205,29 +205,32 @@ def advance_chains(
 def _advance_one(key, rules, energy_fn, frozen_and_params, chains, example):
     """One slot: the end of its chosen chain, and the slot's chains with it written back."""
     choice_key, rebirth_key, birth_key, chain_key = jax.random.split(key, 4)
-    row = jax.random.randint(choice_key, (), 0, rules.chains_per_example)
-    is_reborn = jax.random.bernoulli(rebirth_key, rules.rebirth_probability)
+    row: Any = 0
+    if rules.chains_per_example > 1:
+        row = jax.random.randint(choice_key, (), 0, rules.chains_per_example)
+    of_chains = chains._replace(log_step_size=(), num_low=())  # the others are the slot's
+    kept = jax.tree.map(lambda leaf: leaf[row], of_chains)
+    if rules.rebirth_probability > 0.0:
+        # A birth may cost as much as a step: none is drawn where none can happen.
+        is_reborn = jax.random.bernoulli(rebirth_key, rules.rebirth_probability)
+        born = kept._replace(
+            position=_birth(rules, birth_key, example),
+            age=jnp.zeros_like(kept.age),
+            context=example[1] if rules.has_context else (),
+        )
+        kept = jax.tree.map(lambda b, k: jnp.where(is_reborn, b, k), born, kept)
 
-    def choose(kept, born):
-        return jax.tree.map(lambda k, b: jnp.where(is_reborn, b, k[row]), kept, born)
-
-    def write(kept, one):
-        return jax.tree.map(lambda all_, leaf: all_.at[row].set(leaf), kept, one)
-
-    start = choose(chains.position, _birth(rules, birth_key, example))
-    age = jnp.where(is_reborn, 0, chains.age[row]) + rules.num_steps
-    context: Any = ()
+    start, context = kept.position, kept.context
     conditional = energy_fn
     if rules.has_context:
-        context = choose(chains.context, example[1])
         conditional = _given(energy_fn, context)
     kernel: Any = rules.kernel
     if rules.target_acceptance is not None:
         kernel = kernel(jnp.exp(chains.log_step_size))
     end, info = _run(chain_key, rules, kernel, conditional, frozen_and_params, start)
-    chains = chains._replace(position=write(chains.position, end), age=chains.age.at[row].set(age))
-    if rules.has_context:
-        chains = chains._replace(context=write(chains.context, context))
+    moved = kept._replace(position=end, age=kept.age + rules.num_steps)
+    written = jax.tree.map(lambda all_, leaf: all_.at[row].set(leaf), of_chains, moved)
+    chains = written._replace(log_step_size=chains.log_step_size, num_low=chains.num_low)
     if rules.target_acceptance is not None:
         error = jnp.nan_to_num(info.acceptance_rate) - rules.target_acceptance
         log_step_size = chains.log_step_size + rules.adaptation_gain * error

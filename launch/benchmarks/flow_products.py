@@ -7,12 +7,13 @@ log-probabilities, the loss and Adam.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from gflownet.rollout import forward_rollout
 from gflownet.types import Environment, Policy
 from launch.benchmarks.flow_tasks import own_flow
 from launch.benchmarks.own import hypergrid_flow
@@ -64,11 +65,18 @@ def _products(
     seed: int,
     chunk_size: int = 128,
 ) -> Workload:
-    source = environment.initial(jax.random.key(seed))
+    key, source = jax.random.key(seed), environment.initial(jax.random.key(seed))
     masks = environment.forward_mask(source), environment.backward_mask(source)
-    observation = environment.observe(source)
-    params = policy.init(jax.random.key(seed), observation)
+    params = policy.init(key, environment.observe(source))
     num_chunks = -(-num_trajectories * length // chunk_size)
+    # Rows that differ, so that no product is one of a single row: states of a rollout.
+    keys = jax.random.split(key, num_trajectories)
+    states = forward_rollout(keys, environment, policy, params).states
+    observed = jax.vmap(jax.vmap(environment.observe))(states)
+    flat = observed.reshape(-1, *observed.shape[2:])
+    batch, chunk = (
+        jnp.resize(flat, (size, *flat.shape[1:])) for size in (num_trajectories, chunk_size)
+    )
 
     def outputs(params: Any, observations: jax.Array) -> jax.Array:
         """[] a sum of all that the network says, each number with a weight of its own."""
@@ -77,25 +85,18 @@ def _products(
         terms = [jnp.vdot(jnp.sin(jnp.arange(x.size)), x.ravel()) for x in said]
         return jnp.sum(jnp.stack(terms))
 
-    def observations(count: int, total: jax.Array) -> jax.Array:
-        """What depends on the last result, so that no two evaluations are one."""
-        rows = jnp.broadcast_to(observation, (count, *observation.shape))
-        if jnp.issubdtype(rows.dtype, jnp.floating):
-            return rows + (1e-6 * total).astype(rows.dtype)
-        return jnp.where(total > jnp.inf, 0, rows)
+    def after(rows: jax.Array, total: jax.Array) -> jax.Array:
+        """The same rows, which depend on the last result, so that no two evaluations are one."""
+        return jnp.where(jnp.isnan(total), 0, rows)
 
-    def update(_: jax.Array, params: Any) -> Any:
+    def update(params: Any, batch: jax.Array, chunk: jax.Array) -> Any:
         total = jax.lax.fori_loop(
-            0,
-            length,
-            lambda _, total: outputs(params, observations(num_trajectories, jnp.tanh(total))),
-            jnp.zeros(()),
+            0, length, lambda _, total: outputs(params, after(batch, total)), jnp.zeros(())
         )
 
         def add_gradient(_: jax.Array, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
             gradient, total = carry
-            rows = observations(chunk_size, jnp.tanh(total))
-            value, more = jax.value_and_grad(outputs)(params, rows)
+            value, more = jax.value_and_grad(outputs)(params, after(chunk, total))
             return jax.tree.map(jnp.add, gradient, more), value
 
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -103,19 +104,16 @@ def _products(
         return jax.tree.map(lambda p, g: p - 1e-9 * g, params, gradient)
 
     @jax.jit
-    def updates(params: Any) -> Any:
-        return jax.lax.fori_loop(0, num_updates, update, params)
+    def updates(params: Any, batch: jax.Array, chunk: jax.Array) -> Any:
+        return jax.lax.fori_loop(0, num_updates, lambda _, p: update(p, batch, chunk), params)
 
-    return _timed(f"products of {name}", updates, params)
-
-
-def _timed(name: str, updates: Callable[[Any], Any], params: Any) -> Workload:
     started = time.perf_counter()
-    jax.block_until_ready(updates(params))
+    jax.block_until_ready(updates(params, batch, chunk))
     compiled = time.perf_counter() - started
 
     def run() -> Mapping[str, float]:
-        leaf = jax.tree.leaves(jax.block_until_ready(updates(params)))[0]
+        leaf = jax.tree.leaves(jax.block_until_ready(updates(params, batch, chunk)))[0]
         return {"mean_parameter": float(leaf.mean())}
 
-    return Workload(name, run, compiled, "the network's evaluations and gradient, nothing else")
+    note = "the network's evaluations and gradient, nothing else"
+    return Workload(f"products of {name}", run, compiled, note)

@@ -1,9 +1,8 @@
 """The floor of an update of a flow: what its network costs if all else is free.
 
-A rollout evaluates the policy once a step, over all its trajectories together, and the gradient
-evaluates it again at the states that they left, in chunks, and pulls back: no library that trains
-this network on these states can do without. Left out are the environment, masks, random numbers,
-log-probabilities, the loss and Adam.
+A rollout evaluates the policy once a step, over all its trajectories together; the gradient
+evaluates it again at the states that they left, in chunks, and pulls back. Left out are the
+environment, masks, random numbers, log-probabilities, the loss and Adam.
 """
 
 import time

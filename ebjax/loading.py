@@ -54,7 +54,7 @@ RECIPES = {
     "eb_gfn": "gflownet.recipes.eb_gfn",
     "eb_gfn_plane": "gflownet.recipes.eb_gfn_plane",
     "hypergrid": "gflownet.recipes.hypergrid",
-    "independent_sets": "gflownet.recipes.independent_sets",
+    "graph_problems": "gflownet.recipes.graph_problems",
     "phylogeny": "gflownet.recipes.phylogeny",
     "sequences": "gflownet.recipes.sequences",
     "sets": "gflownet.recipes.sets",

@@ -21,13 +21,17 @@ from gflownet.environments.dags import (
     linear_gaussian_data,
     linear_gaussian_scores,
 )
-from gflownet.environments.hypergrid import HypergridState, hypergrid
-from gflownet.environments.independent_sets import (
-    IndependentSetState,
-    independence_number,
-    independent_sets,
+from gflownet.environments.graph_problems import (
+    GRAPH_PROBLEMS,
+    GraphProblem,
+    VertexGraph,
+    VertexSetState,
+    best_value,
+    graph_problem,
+    preferential_graph,
     random_clique_graph,
 )
+from gflownet.environments.hypergrid import HypergridState, hypergrid
 from gflownet.environments.phylogeny import ForestState, encode_sites, load_alignment, phylogeny
 from gflownet.environments.sequence_tables import qm9_strings, table_sequences, tfbind8
 from gflownet.environments.sequences import (
@@ -41,18 +45,22 @@ from gflownet.environments.sets import benchmark_sets, inclusion_probabilities, 
 from gflownet.environments.torus import TorusState, torus
 
 __all__ = [
+    "GRAPH_PROBLEMS",
     "BoxState",
     "ChoiceState",
     "CubeState",
     "DagState",
     "ForestState",
+    "GraphProblem",
     "HypergridState",
-    "IndependentSetState",
     "RestrictedState",
     "SequenceState",
     "TorusState",
+    "VertexGraph",
+    "VertexSetState",
     "all_dags",
     "benchmark_sets",
+    "best_value",
     "bge_scores",
     "bit_sequences",
     "box",
@@ -64,15 +72,15 @@ __all__ = [
     "edge_marginals",
     "encode_sites",
     "enumerated",
+    "graph_problem",
     "hidden_modes",
     "hypergrid",
     "inclusion_probabilities",
-    "independence_number",
-    "independent_sets",
     "linear_gaussian_data",
     "linear_gaussian_scores",
     "load_alignment",
     "phylogeny",
+    "preferential_graph",
     "qm9_strings",
     "random_clique_graph",
     "restricted",

@@ -1,10 +1,12 @@
 """A policy that chooses a vertex of a graph, by message passing.
 
-    h_v <- norm(h_v + W a(U h_v + V Σ_u A_uv h_u + M mean_u h_u))      L times
+    h_v <- norm(h_v + W a(U h_v + Σ_r V_r Σ_u A_rvu h_u + M mean_u h_u))      L times
     logit of vertex v = w·h_v,    log F = ρ(mean h, max h)
 
 Renaming the vertices renames the logits and changes nothing else; one set of parameters serves
-graphs of any size.
+graphs of any size. A relation r gives weights A_r to pairs of vertices. With the edges of a graph
+as the only one, no number of rounds tells how many triangles a vertex is in; a relation that counts
+paths does.
 
 Zhang, Dai, Malkin, Courville, Bengio and Pan, "Let the flows tell: solving graph combinatorial
 problems with GFlowNets", NeurIPS 2023. Xu, Hu, Leskovec and Jegelka, "How powerful are graph neural
@@ -34,12 +36,14 @@ class _VertexHeads(nn.Module):
     activation: Callable[[jax.Array], jax.Array]
 
     @nn.compact
-    def __call__(self, features, adjacency):
-        edges = adjacency.astype(features.dtype)
+    def __call__(self, features, relations):
+        size = len(features)
+        edges = relations.astype(features.dtype).reshape(-1, size, size)
         h = nn.Dense(self.width)(features)
         for _ in range(self.num_layers):
             inner = nn.Dense(self.width)(h)
-            inner += nn.Dense(self.width, use_bias=False)(edges @ h)
+            messages = jnp.moveaxis(edges @ h, 0, 1).reshape(size, -1)
+            inner += nn.Dense(self.width, use_bias=False)(messages)
             inner += nn.Dense(self.width, use_bias=False)(h.mean(axis=0))
             h = nn.LayerNorm()(h + nn.Dense(self.width)(self.activation(inner)))
         logits = nn.Dense(self.num_directions)(h).T
@@ -63,7 +67,8 @@ def vertex_policy(
     """One action a vertex.
 
     Args:
-      to_graph: ``observation -> (features [N, F] of the vertices, adjacency [N, N])``.
+      to_graph: ``observation -> (features [N, F] of the vertices, relations [R, N, N])``, or the
+        adjacency [N, N] as the only relation.
       width: features of a vertex within the network.
       num_layers: L, rounds of messages.
       backward: ``"learned"`` or ``"uniform"``, see ``mlp_policy``.

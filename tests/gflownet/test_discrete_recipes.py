@@ -1,4 +1,4 @@
-"""The recipes of sequences, independent sets, graphs and trees, small enough to be exact."""
+"""The recipes of sequences, graph problems, graphs and trees, small enough to be exact."""
 
 import dataclasses
 import json
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from ebjax.training import init_state, train
-from gflownet.environments.independent_sets import independence_number
-from gflownet.recipes import dags, independent_sets, phylogeny, sequences, sets
+from gflownet.environments import best_value
+from gflownet.recipes import dags, graph_problems, phylogeny, sequences, sets
 
 FEW = {"steps_per_call": 50, "log_every": 100, "checkpoint_every": 1000, "num_devices": 1}
 
@@ -122,7 +122,7 @@ def test_sets_of_unseen_graphs_are_large_and_independent(tmp_path):
     upper = np.triu(np.random.default_rng(0).random((24, 12, 12)) < 0.25, 1)
     graphs = upper | upper.transpose(0, 2, 1)
     np.save(tmp_path / "graphs.npy", graphs)
-    config = independent_sets.IndependentSetsConfig(
+    config = graph_problems.GraphProblemsConfig(
         data_path=str(tmp_path / "graphs.npy"),
         num_held_out=4,
         width=16,
@@ -133,14 +133,57 @@ def test_sets_of_unseen_graphs_are_large_and_independent(tmp_path):
         epsilon_decay_steps=100,
         **FEW,
     )
-    before, after, draws = _figures(independent_sets, config, "negative_size", "sets")
-    assert after["share_of_largest"] > max(0.92, before["share_of_largest"] + 0.03)
-    assert after["best_of_20"] <= after["largest_size"]
-    assert after["largest_size"] == np.mean([independence_number(graph) for graph in graphs[-4:]])
+    before, after, draws = _figures(graph_problems, config, "negative_value", "sets")
+    assert after["share_of_best"] > max(0.92, before["share_of_best"] + 0.03)
+    assert after["best_of_20"] <= after["best_value"]
+    optimum = [best_value("independent_set", graph) for graph in graphs[-4:]]
+    assert after["best_value"] == np.mean(optimum)
     for inside, adjacency in zip(draws["sets"], draws["adjacency"], strict=True):
         assert not adjacency[np.ix_(inside, inside)].any()
         assert (inside | adjacency[inside].any(axis=0)).all()
-    assert independent_sets.greedy_size(graphs[0], seed=0) <= independence_number(graphs[0])
+
+
+@pytest.mark.parametrize("problem", ["clique", "dominating_set", "cut"])
+def test_other_problems_are_learned_and_judged_too(problem):
+    config = graph_problems.GraphProblemsConfig(
+        problem=problem,
+        num_graphs=8,
+        num_held_out=3,
+        num_cliques=4,
+        clique_size=3,
+        num_vertices=10,
+        num_neighbours=3,
+        width=16,
+        num_layers=2,
+        learning_rate=1e-2,
+        num_steps=400,
+        epsilon_decay_steps=50,
+        **FEW,
+    )
+    before, after, draws = _figures(graph_problems, config, "negative_value", "sets")
+    assert before["share_of_best"] < 0.9 < after["share_of_best"] <= 1.0
+    assert after["mean_value"] > after["random_order"]
+    best = [best_value(problem, graph) for graph in draws["adjacency"][:3]]
+    assert after["best_value"] == pytest.approx(np.mean(best))
+    assert (draws["values"][:3] <= best).all()
+
+
+def test_greedy_rules_take_what_gains_most():
+    # A hub whose leaves are joined in pairs: as many of the pairs as there are, but for the hub.
+    graph = np.zeros((7, 7), bool)
+    graph[0, 1:] = graph[1:, 0] = True
+    graph[[1, 3, 5], [2, 4, 6]] = graph[[2, 4, 6], [1, 3, 5]] = True
+    sizes = {
+        problem: int(graph_problems.greedy_sets(problem, jnp.asarray(graph)[None]).sum())
+        for problem in ("independent_set", "clique", "dominating_set")
+    }
+    assert sizes == {"independent_set": 3, "clique": 3, "dominating_set": 1}
+    keys = jax.random.split(jax.random.key(0), 100)
+    graphs = jnp.asarray(np.repeat(graph[None], 100, axis=0))
+    random = np.asarray(graph_problems.greedy_sets("independent_set", graphs, keys))
+    # The hub is the first vertex once in seven times, and then the only one.
+    assert set(random.sum(axis=1)) == {1, 3}
+    assert abs((random.sum(axis=1) == 1).mean() - 1 / 7) < 5 * np.sqrt(6 / 49 / 100)
 
 
 def test_log_z_starts_where_the_first_policy_puts_it():
@@ -210,8 +253,14 @@ def test_objectives_fit_the_loop(module, config, objective):
         (phylogeny.PhylogenyConfig, {"objective": "tlm"}, "objective is 'tlm'"),
         (phylogeny.PhylogenyConfig, {"num_species": 2}, "num_species is 2"),
         (phylogeny.PhylogenyConfig, {"temperature": 0.0}, "temperature is 0.0"),
-        (independent_sets.IndependentSetsConfig, {"objective": "tb"}, "objective is 'tb'"),
-        (independent_sets.IndependentSetsConfig, {"tightness": 1.0}, "tightness is 1.0"),
+        (graph_problems.GraphProblemsConfig, {"problem": "tour"}, "problem is 'tour'"),
+        (graph_problems.GraphProblemsConfig, {"objective": "tb"}, "objective is 'tb'"),
+        (graph_problems.GraphProblemsConfig, {"tightness": 1.0}, "tightness is 1.0"),
+        (
+            graph_problems.GraphProblemsConfig,
+            {"inverse_temperature": 0.0},
+            "must be positive, or -1",
+        ),
     ],
 )
 def test_impossible_settings_are_named(config, settings, message):
@@ -225,7 +274,7 @@ def test_files_that_do_not_fit_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"wide.npy: has shape \(5, 20\)"):
         dags.build(dags.DagsConfig(data_path=str(path)))
     with pytest.raises(ValueError, match="give more than num_held_out"):
-        independent_sets.build(independent_sets.IndependentSetsConfig(data_path=str(path)))
+        graph_problems.build(graph_problems.GraphProblemsConfig(data_path=str(path)))
     alignment = tmp_path / "two.json"
     alignment.write_text(json.dumps({"a": "ACGT", "b": "ACGA"}))
     with pytest.raises(ValueError, match=r"num_species is 6; .* has 2"):

@@ -136,40 +136,82 @@ def test_an_energy_being_trained_is_the_reward():
 # Independent sets.
 
 
-def test_independence_number_equals_brute_force():
-    for seed in range(20):
-        rng = np.random.default_rng(seed)
-        upper = np.triu(rng.random((9, 9)) < 0.35, 1)
-        graph = upper | upper.T
-        best = max(
-            len(chosen)
-            for size in range(10)
-            for chosen in itertools.combinations(range(9), size)
-            if not graph[np.ix_(chosen, chosen)].any()
-        )
-        assert env.independence_number(graph) == best
-
-
 def test_a_clique_graph_has_its_cliques_and_cross_pairs():
     graph = env.random_clique_graph(3, num_cliques=5, clique_size=4, tightness=0.3)
     for clique in range(5):
         block = graph[4 * clique : 4 * clique + 4, 4 * clique : 4 * clique + 4]
         assert (block == ~np.eye(4, dtype=bool)).all()
-    assert env.independence_number(graph) <= 5
+    assert env.best_value("independent_set", graph) <= 5
     assert graph[:4, 4:].any()
+
+
+PATH = np.eye(4, k=1, dtype=bool) | np.eye(4, k=-1, dtype=bool)
 
 
 def test_each_vertex_of_a_set_may_have_been_the_last():
     """On the path 0-1-2-3 the set {0, 3} has two orders, and undoing frees the right vertices."""
-    path = np.eye(4, k=1, dtype=bool) | np.eye(4, k=-1, dtype=bool)
-    environment = env.independent_sets(path, inverse_temperature=2.0)
+    environment = env.graph_problem("independent_set", PATH, inverse_temperature=2.0)
     state = run(environment, [0, 3])
-    assert state.status.tolist() == [1, 0, 0, 1]
+    assert state.inside.tolist() == [True, False, False, True]
     assert environment.backward_mask(state).tolist() == [True, False, False, True]
-    assert environment.undo(state, 3).status.tolist() == [1, 0, 2, 2]
+    before = environment.undo(state, 3)
+    assert environment.forward_mask(before).tolist() == [False, False, True, True]
     assert float(environment.log_reward((), state)) == 4.0
     # Maximal sets: {0, 2}, {0, 3}, {1, 3}.
     assert abs(environment.log_z - np.log(3.0 * np.exp(4.0))) < 1e-9
+
+
+def test_the_last_vertex_of_a_dominating_set_was_needed():
+    """On the path 0-1-2-3, {0, 1, 2} was not built with 0 last: {1, 2} dominates already."""
+    environment = env.graph_problem("dominating_set", PATH)
+    state = run(environment, [0, 1, 2])
+    assert environment.forward_mask(state).tolist() == [False] * 4
+    assert environment.backward_mask(state).tolist() == [False, False, True, False]
+    assert float(environment.log_reward((), state)) == -3.0
+
+
+def test_the_gain_of_a_vertex_is_how_much_the_cut_grows():
+    graph = env.preferential_graph(3, num_vertices=9, num_neighbours=3)
+    environment = env.graph_problem("cut", graph)
+    state = environment.initial(jax.random.key(0))
+    for vertex in (4, 0, 7):
+        gain = int(env.GRAPH_PROBLEMS["cut"].gain(graph, state.inside)[vertex])
+        grown = environment.step(state, vertex)
+        reward, before = (float(environment.log_reward((), s)) for s in (grown, state))
+        assert reward - before == gain
+        assert bool(environment.forward_mask(state)[vertex]) == (gain > 0)
+        state = grown
+
+
+@pytest.mark.parametrize("problem", env.GRAPH_PROBLEMS)
+def test_integer_programs_find_the_best_of_all_terminal_sets(problem):
+    for seed in range(3):
+        graph = env.preferential_graph(seed, num_vertices=9, num_neighbours=2 + seed)
+        environment = env.graph_problem(problem, graph)
+        states = environment.enumerate()
+        is_end = ~np.asarray(jax.vmap(environment.forward_mask)(states)).any(axis=1)
+        values = np.asarray(jax.vmap(environment.log_reward, (None, 0))((), states))[is_end]
+        assert values.max() == env.best_value(problem, graph)
+        brute = _brute_force(problem, graph)
+        assert values.max() == brute
+
+
+def _brute_force(problem, graph):
+    """The best value over all subsets, by the definition of the problem."""
+    size, best = len(graph), -np.inf
+    for bits in range(2**size):
+        s = np.array([bits >> v & 1 for v in range(size)], bool)
+        inner = graph[np.ix_(s, s)]
+        if problem == "independent_set":
+            value = s.sum() if not inner.any() else -np.inf
+        elif problem == "clique":
+            value = s.sum() if inner.sum() == s.sum() * (s.sum() - 1) else -np.inf
+        elif problem == "dominating_set":
+            value = -s.sum() if (s | graph[s].any(axis=0)).all() else -np.inf
+        else:
+            value = graph[np.ix_(s, ~s)].sum()
+        best = max(best, value)
+    return best
 
 
 # Directed acyclic graphs.
@@ -351,7 +393,15 @@ def test_alignments_are_read_or_refused(tmp_path):
             "min_length is 1",
         ),
         (lambda: env.bit_sequences(num_bits=10, bits_per_word=4), "bits_per_word is 4"),
-        (lambda: env.independent_sets(np.eye(3, dtype=bool)), "no vertex its own neighbour"),
+        (
+            lambda: env.graph_problem("cut", np.eye(3, dtype=bool)),
+            "no vertex its own neighbour",
+        ),
+        (lambda: env.graph_problem("tour", np.zeros((3, 3))), "problem is 'tour'"),
+        (
+            lambda: env.preferential_graph(0, num_vertices=3, num_neighbours=3),
+            "num_neighbours is 3",
+        ),
         (lambda: env.dags(np.zeros((2, 3))), r"must be \[d, 2\^d\]"),
         (lambda: env.phylogeny(np.zeros((3, 2), np.uint8)), "sets of letters"),
         (lambda: env.bge_scores(np.zeros((4, 2)), precision_weight=2.0), "precision_weight is 2"),

@@ -34,6 +34,23 @@ def test_renaming_vertices_renames_the_logits():
     assert np.abs(none.forward.logits - output.forward.logits).max() > 1e-3
 
 
+def test_relations_tell_what_edges_alone_cannot():
+    """Two triangles and a hexagon: every vertex has two neighbours, whatever is passed along."""
+    triangles = np.kron(np.eye(2), np.ones((3, 3)) - np.eye(3))
+    hexagon = np.roll(np.eye(6), 1, axis=1) + np.roll(np.eye(6), -1, axis=1)
+    policy = vertex_policy(lambda graph: graph, width=8, num_layers=3)
+    features = jnp.ones((6, 1))
+
+    def difference(relations_of):
+        params, first = _logits(policy, (features, relations_of(triangles)), 6)
+        everything = jnp.ones(6, bool)
+        other = policy.apply(params, (features, relations_of(hexagon)), everything, everything)
+        return np.abs(first.forward.logits - other.forward.logits).max()
+
+    assert difference(jnp.asarray) < 1e-5
+    assert difference(lambda edges: jnp.stack([edges, edges * (edges @ edges)])) > 1e-2
+
+
 @pytest.mark.parametrize("num_layers", [0, 1])
 def test_exchanging_slots_exchanges_the_pairs(num_layers):
     rng = np.random.default_rng(1)

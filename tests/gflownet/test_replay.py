@@ -384,27 +384,32 @@ def test_shares_of_a_batch():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("options", "num_steps", "largest", "smallest"),
+    ("options", "num_steps", "seeds", "smallest", "largest"),
     [
-        # 16 rewards an update. Uniform actions alone find one of four modes.
-        ({}, 3000, 1.0, 0.7),
-        ({"replay": "prioritized", "batch_size": 32}, 1500, 0.05, 0.0),
-        ({"local_search_revisions": 3}, 3000, 0.2, 0.0),
+        # 16 rewards an update. Uniform actions alone find other modes by luck: the median of five
+        # seeds misses half of the mass.
+        ({}, 3000, range(5), 0.45, 1.0),
+        ({"replay": "prioritized", "batch_size": 32}, 1500, [0], 0.0, 0.05),
+        ({"local_search_revisions": 3}, 3000, [0], 0.0, 0.2),
     ],
     ids=["uniform actions", "replay", "local search"],
 )
-def test_sparse_grid(options, num_steps, largest, smallest):
-    config = HypergridConfig(
-        side=20,
-        reward_floor=1e-4,
-        epsilon_decay_steps=0,
-        learning_rate_decay_steps=0,
-        num_steps=num_steps,
-        log_every=num_steps,
-        checkpoint_every=num_steps,
-        **options,
-    )
-    metrics = []
-    train(build(config), config, on_log=lambda step, logged, rate: metrics.append(logged))
-    assert metrics[-1].get("reward_calls", 1.0) * config.batch_size == 16
-    assert smallest <= metrics[-1]["total_variation"] <= largest
+def test_sparse_grid(options, num_steps, seeds, smallest, largest):
+    distances = []
+    for seed in seeds:
+        config = HypergridConfig(
+            seed=seed,
+            side=20,
+            reward_floor=1e-4,
+            epsilon_decay_steps=0,
+            learning_rate_decay_steps=0,
+            num_steps=num_steps,
+            log_every=num_steps,
+            checkpoint_every=num_steps,
+            **options,
+        )
+        metrics = []
+        train(build(config), config, on_log=lambda step, logged, rate, m=metrics: m.append(logged))
+        assert metrics[-1].get("reward_calls", 1.0) * config.batch_size == 16
+        distances.append(metrics[-1]["total_variation"])
+    assert smallest <= np.median(distances) <= largest

@@ -6,6 +6,7 @@ catches what it says.
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 
@@ -59,16 +60,22 @@ ENVIRONMENTS = {
     ),
     "bits_8": lambda: environments.bit_sequences(num_bits=8, bits_per_word=4, order="any_order"),
     "bits_120": environments.bit_sequences,
-    "independent_sets": lambda: environments.independent_sets(
-        environments.random_clique_graph(0, num_cliques=3, clique_size=3, tightness=0.4)
-    ),
-    "independent_sets_of_several": lambda: environments.independent_sets(
+    **{
+        problem: functools.partial(
+            environments.graph_problem,
+            problem,
+            environments.random_clique_graph(0, num_cliques=3, clique_size=3, tightness=0.4),
+        )
+        for problem in environments.GRAPH_PROBLEMS
+    },
+    "cuts_of_several_graphs": lambda: environments.graph_problem(
+        "cut",
         np.stack(
             [
-                environments.random_clique_graph(i, num_cliques=4, clique_size=4, tightness=0.4)
+                environments.preferential_graph(i, num_vertices=16, num_neighbours=2)
                 for i in range(2)
             ]
-        )
+        ),
     ),
     "dags_3": lambda: environments.dags(RNG.normal(size=(3, 8))),
     "phylogeny_4": lambda: environments.phylogeny(environments.encode_sites(SPECIES)),

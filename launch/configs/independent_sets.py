@@ -1,8 +1,0 @@
-"""Settings of the run; ``launch.train --config=independent_sets --help`` explains each one."""
-
-from launch.runs import default_config
-
-
-def get_config():
-    """The recipe's defaults, to be overridden by ``--config.field=value``."""
-    return default_config("independent_sets")

@@ -50,9 +50,9 @@ _MAX_EXACT_VERTICES = 60
 # Problem -> what it is looked for in, and nats a vertex or an edge.
 _ON_CLIQUES = ("independent_set", "clique")
 _INVERSE_TEMPERATURES = {
-    "independent_set": 10.0,
-    "clique": 10.0,
-    "dominating_set": 10.0,
+    "independent_set": 15.0,
+    "clique": 15.0,
+    "dominating_set": 15.0,
     "cut": 3.0,
 }
 

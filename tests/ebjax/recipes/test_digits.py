@@ -80,14 +80,17 @@ def test_short_run_learns_and_stays_in_balance():
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_full_run_draws_digits_of_all_classes(seed):
     run, state = run_digits(seed=seed)
-    images = run.sample(jax.random.key(1), state, 500)["images"].reshape(500, -1)
+    draws = [run.sample(jax.random.key(i), state, 500)["images"] for i in range(4)]
+    images = draws[0].reshape(500, -1)
     digits = load_digits()
     judge = SVC(probability=False, gamma="scale").fit(digits.data / 8 - 1, digits.target)
     shares = np.bincount(judge.predict(images), minlength=10) / 500
     assert shares.min() > 0.03
     assert shares.max() < 0.2
     training, held_out = load_images(297)
-    assert frechet_distance(images.reshape(-1, 8, 8, 1), held_out) < 1.0
+    # Of 500 draws it deviates by 0.1 from one key to the next.
+    distances = [frechet_distance(drawn.reshape(-1, 8, 8, 1), held_out) for drawn in draws]
+    assert np.mean(distances) < 1.0
     # Not copies: as far from the nearest training image as held-out digits are, within a fifth.
     flat = training.reshape(len(training), -1)
 

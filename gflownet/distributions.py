@@ -23,7 +23,7 @@ class MaskedCategorical(NamedTuple):
         probs = (1 - ε) softmax(behaviour logits over allowed) + ε uniform(allowed)
 
     Attributes:
-      logits: [A].
+      logits: [A], or ``None`` for the uniform law over what is allowed, which costs no softmax.
       mask: [A] bool, ``True`` where allowed.
       epsilon: [] share of the uniform law; changes what ``sample`` draws, and ``probs``.
       behaviour_logits: [A] that ``sample`` and ``probs`` use instead, ``None`` for ``logits``.
@@ -33,23 +33,33 @@ class MaskedCategorical(NamedTuple):
     [0.5, 0.0, 0.5]
     """
 
-    logits: jax.Array
+    logits: jax.Array | None
     mask: jax.Array
     epsilon: jax.Array | float = 0.0
     behaviour_logits: jax.Array | None = None
 
     def log_probs(self) -> jax.Array:
         """[A] log-probabilities of the policy itself, without exploration; -inf where forbidden."""
+        if self.logits is None:
+            return jnp.where(self.mask, -self._log_count(), -jnp.inf)
         return masked_log_softmax(self.logits, self.mask)
 
     def log_prob(self, action: jax.Array) -> jax.Array:
         """[] log-probability of an action under the policy itself, without exploration."""
+        if self.logits is None:
+            return jnp.where(self.mask[action], -self._log_count(), -jnp.inf)
         return self.log_probs()[action]
+
+    def _log_count(self) -> jax.Array:
+        """[] log of the number of allowed actions, 0 where there is none."""
+        return jnp.log(jnp.maximum(self.mask.sum(dtype=jnp.result_type(float)), 1.0))
 
     def probs(self) -> jax.Array:
         """[A] probabilities that ``sample`` uses."""
         uniform = self.mask / jnp.maximum(self.mask.sum(), 1)
         logits = self.logits if self.behaviour_logits is None else self.behaviour_logits
+        if logits is None:
+            return uniform
         own = jnp.exp(masked_log_softmax(logits, self.mask))
         return (1.0 - self.epsilon) * own + self.epsilon * uniform
 

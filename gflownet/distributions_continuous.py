@@ -208,7 +208,7 @@ class ChartedLaw(NamedTuple):
         index_key, unit_key, uniform_key = jax.random.split(key, 3)
         coin, *uniform = jax.random.uniform(uniform_key, (1 + self.chart.low.shape[-1],))
         explores = coin < self.epsilon
-        index = self.which.explore(explores.astype(self.which.logits.dtype)).sample(index_key)
+        index = self.which.explore(explores.astype(self.chart.low.dtype)).sample(index_key)
         r = jnp.where(explores, jnp.stack(uniform), self.unit.sample(unit_key))
         return Action(index, self.chart.low[index] + self.chart.width[index] * r)
 

@@ -62,7 +62,8 @@ def exploring_policy(
                 f"policy has a P_F of type {type(law).__name__}; only a MaskedCategorical has "
                 "logits to temper."
             )
-        logits = law.logits / temperature
+        is_uniform = law.logits is None
+        logits = jnp.zeros(law.mask.shape) if is_uniform else law.logits / temperature
         if stop_action is not None:
             logits = logits - jnp.where(jnp.arange(logits.shape[0]) == stop_action, stop_bias, 0.0)
         return output._replace(forward=law.behave(logits))

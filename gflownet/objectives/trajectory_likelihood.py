@@ -84,7 +84,7 @@ def trajectory_likelihood(
     def apply_backward(params, observation, forward_mask, backward_mask):
         """P_B alone: what P_F says is not computed."""
         output = policy.apply(params, observation, forward_mask, backward_mask)
-        nothing = MaskedCategorical(jnp.zeros(environment.num_actions), forward_mask)
+        nothing = MaskedCategorical(None, forward_mask)
         return PolicyOutput(nothing, output.backward)
 
     frozen = policy._replace(apply=apply_frozen)

@@ -35,7 +35,7 @@ def masked_output(
       forward_mask: [A] bool.
       backward_mask: [A] bool.
     """
-    backward = logits[1] if len(logits) == 2 else jnp.zeros_like(logits[0])
+    backward = logits[1] if len(logits) == 2 else None
     return PolicyOutput(
         forward=MaskedCategorical(logits[0], forward_mask),
         backward=MaskedCategorical(backward, backward_mask),

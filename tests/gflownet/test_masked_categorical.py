@@ -139,3 +139,18 @@ def test_empty_rows_have_no_probability():
     assert not law.probs().any()
     assert not law.explore(1.0).probs().any()
     assert (law.log_probs() == -jnp.inf).all()
+
+
+@pytest.mark.parametrize("mask", [MASK, jnp.zeros(SIZE, bool), jnp.arange(SIZE) == 2])
+def test_no_logits_are_equal_logits(mask):
+    uniform, zeros = MaskedCategorical(None, mask), MaskedCategorical(jnp.zeros(SIZE), mask)
+    np.testing.assert_allclose(uniform.log_probs(), zeros.log_probs(), rtol=1e-6)
+    np.testing.assert_allclose(uniform.probs(), zeros.probs(), rtol=1e-6)
+    actions = jnp.arange(SIZE)
+    np.testing.assert_allclose(
+        jax.vmap(uniform.log_prob)(actions), jax.vmap(zeros.log_prob)(actions), rtol=1e-6
+    )
+    keys = jax.random.split(jax.random.key(0), 200)
+    assert (jax.vmap(uniform.sample)(keys) == jax.vmap(zeros.sample)(keys)).all()
+    behaved = [law.behave(LOGITS).explore(0.3).probs() for law in (uniform, zeros)]
+    np.testing.assert_allclose(*behaved, rtol=1e-6)

@@ -50,7 +50,7 @@ def _diffusion() -> Table:
             for name, arm in arms_of.items()
         ),
         ("elbo_gap", "log_z_error", "eubo_gap", "modes_covered", "largest_side_error"),
-        seeds=2,
+        seeds=3,
         bars=(
             Bar("twenty_five_gaussians-tb-local-search", "modes_covered", low=25),
             Bar("twenty_five_gaussians-tb-local-search", "elbo_gap", high=0.8),

@@ -11,6 +11,7 @@ from scipy import stats
 
 from gflownet import environments as env
 from gflownet import exact
+from gflownet.testing import check_environment
 
 RNG = np.random.default_rng(0)
 
@@ -194,6 +195,31 @@ def test_integer_programs_find_the_best_of_all_terminal_sets(problem):
         assert values.max() == env.best_value(problem, graph)
         brute = _brute_force(problem, graph)
         assert values.max() == brute
+
+
+def test_a_problem_of_your_own_is_a_gain_and_a_value():
+    """Vertex covers: a vertex gains the edges that no other vertex covers."""
+
+    def program(adjacency):
+        rows = np.eye(len(adjacency))[np.argwhere(np.triu(adjacency))].sum(axis=1)
+        return np.ones(len(adjacency)), rows, 1.0, np.full(len(rows), np.inf)
+
+    cover = env.GraphProblem(
+        gain=lambda adjacency, inside: (adjacency & ~inside).sum(axis=1),
+        value=lambda adjacency, inside: -inside.sum(),
+        relations=lambda adjacency, inside: (adjacency & ~inside & ~inside[:, None])[None] * 1.0,
+        program=program,
+    )
+    graph = env.preferential_graph(1, num_vertices=8, num_neighbours=2)
+    environment = env.graph_problem(cover, graph)
+    check_environment(environment)
+    # What a cover leaves out is independent.
+    expected = env.best_value("independent_set", graph) - 8
+    assert env.best_value(cover, graph) == expected
+    states = environment.enumerate()
+    is_end = ~np.asarray(jax.vmap(environment.forward_mask)(states)).any(axis=1)
+    assert np.asarray(environment.log_z) > expected
+    assert -states.inside[is_end].sum(axis=1).min() == expected
 
 
 def _brute_force(problem, graph):

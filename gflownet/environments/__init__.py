@@ -28,11 +28,10 @@ from gflownet.environments.graph_problems import (
     VertexSetState,
     best_value,
     graph_problem,
-    preferential_graph,
-    random_clique_graph,
 )
 from gflownet.environments.hypergrid import HypergridState, hypergrid
 from gflownet.environments.phylogeny import ForestState, encode_sites, load_alignment, phylogeny
+from gflownet.environments.random_graphs import preferential_graph, random_clique_graph
 from gflownet.environments.sequence_tables import qm9_strings, table_sequences, tfbind8
 from gflownet.environments.sequences import (
     SequenceState,

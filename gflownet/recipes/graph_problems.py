@@ -32,9 +32,8 @@ from gflownet.environments.graph_problems import (
     VertexSetState,
     best_value,
     graph_problem,
-    preferential_graph,
-    random_clique_graph,
 )
+from gflownet.environments.random_graphs import preferential_graph, random_clique_graph
 from gflownet.policies import vertex_policy
 from gflownet.recipes.flow_config import FlowConfig
 from gflownet.recipes.judging import flow_run

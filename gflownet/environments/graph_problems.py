@@ -44,6 +44,8 @@ __all__ = [
 ]
 
 _MAX_ENUMERATED_VERTICES = 20
+# States whose masks are computed at a time, so that one program serves all levels.
+_ENUMERATED_TOGETHER = 1024
 
 
 class VertexSetState(NamedTuple):
@@ -72,7 +74,8 @@ class GraphProblem(NamedTuple):
       gain: ``(adjacency, inside) -> [N]`` of each vertex v given S without v; must not grow as S
         does.
       value: ``(adjacency, inside) -> []``.
-      relations: ``(adjacency, inside) -> [R, N, N]`` that a policy sees of what is left to decide.
+      relations: ``(adjacency, inside, is_open) -> [R, N, N]`` that a policy sees of what is left to
+        decide; ``is_open`` [N] are the vertices that can join.
       program: ``adjacency -> (cost, rows, low, high)`` of the integer program whose smallest cost
         is minus the largest value: the first N variables are S, the others lie in [0, 1].
       longest: ``adjacency -> `` a bound of the number of vertices of a set.
@@ -80,7 +83,7 @@ class GraphProblem(NamedTuple):
 
     gain: Callable[[jax.Array, jax.Array], jax.Array]
     value: Callable[[jax.Array, jax.Array], jax.Array]
-    relations: Callable[[jax.Array, jax.Array], jax.Array]
+    relations: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
     program: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, float, np.ndarray]]
     longest: Callable[[np.ndarray], int] = len
 
@@ -166,7 +169,10 @@ def best_value(problem: str | GraphProblem, adjacency: np.ndarray) -> int:
 
     Args:
       problem: as of ``graph_problem``.
-      adjacency: [N, N] bool; tens of vertices take a second at most.
+      adjacency: [N, N] bool; cuts of more than some tens of vertices take long.
+
+    Raises:
+      RuntimeError: if the program of a problem of your own has no solution.
 
     >>> path = np.array([[0, 1, 0], [1, 0, 1], [0, 1, 0]], bool)
     >>> [best_value(problem, path) for problem in ("clique", "dominating_set", "cut")]
@@ -182,6 +188,8 @@ def best_value(problem: str | GraphProblem, adjacency: np.ndarray) -> int:
         integrality=np.arange(len(cost)) < len(adjacency),
         bounds=Bounds(0, 1),
     )
+    if found.fun is None:
+        raise RuntimeError(f"The integer program was not solved: {found.message}")
     return round(-found.fun)
 
 
@@ -195,8 +203,8 @@ def _find(problem: str | GraphProblem) -> GraphProblem:
 
 def _observe(problem: GraphProblem, state: VertexSetState) -> VertexGraph:
     gain = jnp.maximum(problem.gain(state.adjacency, state.inside), 0)
-    relations = problem.relations(state.adjacency, state.inside)
     is_open = ~state.inside & (gain > 0)
+    relations = problem.relations(state.adjacency, state.inside, is_open)
     status = jnp.stack([state.inside, is_open, ~state.inside & ~is_open])
     amounts = jnp.log1p(jnp.concatenate([gain[None], relations.sum(axis=2)]))
     return VertexGraph(jnp.concatenate([status, amounts]).T, relations)
@@ -219,9 +227,9 @@ def _independent_gain(adjacency, inside):
     return 1 - (adjacency & inside).sum(axis=1)
 
 
-def _independent_relations(adjacency, inside):
+def _independent_relations(adjacency, inside, is_open):
     """Pairs that exclude each other, pairs that do not, and of these what else they leave open."""
-    is_open = ~inside & (_independent_gain(adjacency, inside) > 0)
+    del inside
     pairs = _pairs(is_open)
     excluding = (pairs & adjacency).astype(float)
     compatible = (pairs & ~adjacency).astype(float)
@@ -265,11 +273,10 @@ def _dominating_gain(adjacency, inside):
     return (covers & (by_others == 0)).sum(axis=1)
 
 
-def _dominating_relations(adjacency, inside):
+def _dominating_relations(adjacency, inside, is_open):
     """Open vertices to the ones that they would dominate, back, and how much two would share."""
     covers = adjacency | jnp.eye(len(inside), dtype=bool)
     is_left = ~(covers & inside).any(axis=1)
-    is_open = ~inside & (covers & is_left).any(axis=1)
     would = (covers & is_open[:, None] & is_left).astype(float)
     shared = _pairs(is_open) * _shared(would, is_left.sum())
     return jnp.stack([would, would.T, shared])
@@ -284,9 +291,9 @@ def _cut_gain(adjacency, inside):
     return (adjacency & ~inside).sum(axis=1) - (adjacency & inside).sum(axis=1)
 
 
-def _cut_relations(adjacency, inside):
+def _cut_relations(adjacency, inside, is_open):
     """Edges between open vertices, and the neighbours that two of them have in common."""
-    is_open = ~inside & (_cut_gain(adjacency, inside) > 0)
+    del inside
     pairs = _pairs(is_open)
     edges = (pairs & adjacency).astype(float)
     return jnp.stack([edges, pairs * _shared(edges, is_open.sum())])
@@ -309,7 +316,7 @@ def _on_complement(problem: GraphProblem) -> GraphProblem:
     return GraphProblem(
         gain=lambda adjacency, inside: problem.gain(_complement(adjacency), inside),
         value=lambda adjacency, inside: problem.value(_complement(adjacency), inside),
-        relations=lambda adjacency, inside: problem.relations(_complement(adjacency), inside),
+        relations=lambda adjacency, *sets: problem.relations(_complement(adjacency), *sets),
         program=lambda adjacency: problem.program(_complement(adjacency)),
         longest=lambda adjacency: problem.longest(_complement(adjacency)),
     )
@@ -346,14 +353,23 @@ GRAPH_PROBLEMS = {
 
 def _enumerate(environment: Environment, graph: np.ndarray, most: int) -> np.ndarray | None:
     """[S, N] all sets that can be reached, or ``None`` where there are too many."""
-    masks = jax.jit(
+    mask_fn = jax.jit(
         jax.vmap(
             lambda inside: environment.forward_mask(VertexSetState(inside, jnp.asarray(graph)))
         )
     )
+
+    def masks(inside):
+        found = []
+        for first in range(0, len(inside), _ENUMERATED_TOGETHER):
+            rows = inside[first : first + _ENUMERATED_TOGETHER]
+            padded = np.pad(rows, ((0, _ENUMERATED_TOGETHER - len(rows)), (0, 0)))
+            found.append(np.asarray(mask_fn(padded))[: len(rows)])
+        return np.concatenate(found)
+
     levels = [np.zeros((1, len(graph)), bool)]
     while True:
-        sets, joined = np.nonzero(np.asarray(masks(levels[-1])))
+        sets, joined = np.nonzero(masks(levels[-1]))
         if not len(sets):
             return np.concatenate(levels)
         grown = levels[-1][sets]

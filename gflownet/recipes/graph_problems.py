@@ -58,7 +58,7 @@ _INVERSE_TEMPERATURES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GraphProblemsConfig(FlowConfig):
-    """Settings of a run on graphs; -1 and 'auto' follow the objective or the problem."""
+    """Settings of a run on graphs; -1 and 'auto' follow the problem or the objective."""
 
     problem: str = setting("independent_set", f"what is looked for: {', '.join(GRAPH_PROBLEMS)}")
     objective: str = setting("flsubtb", f"how the flow is learned: {', '.join(OBJECTIVES)}")
@@ -71,7 +71,9 @@ class GraphProblemsConfig(FlowConfig):
     tightness: float = setting(0.3, "independent_set, clique: share of pairs joined between two")
     num_vertices: int = setting(30, "dominating_set, cut: vertices of a random graph")
     num_neighbours: int = setting(4, "dominating_set, cut: vertices that a new one is joined to")
-    inverse_temperature: float = setting(-1.0, "log R per unit of value, -1: 15, for cuts 3")
+    inverse_temperature: float = setting(
+        -1.0, "log R per unit of value, -1: 15, for cuts 3", follows="problem"
+    )
     width: int = setting(32, "features of a vertex in the network")
     num_layers: int = setting(3, "rounds of messages")
     backward_policy: str = setting("uniform")
@@ -82,7 +84,7 @@ class GraphProblemsConfig(FlowConfig):
     chunk_size: int = setting(64)
 
     def __post_init__(self) -> None:
-        """Checks types and ranges."""
+        """Fills in what follows the problem, then checks types and ranges."""
         if self.problem not in GRAPH_PROBLEMS:
             raise ValueError(
                 f"problem is {self.problem!r}; it must be one of {', '.join(GRAPH_PROBLEMS)}."
@@ -92,6 +94,9 @@ class GraphProblemsConfig(FlowConfig):
                 f"objective is {self.objective!r}; a flow of many graphs needs one of "
                 f"{', '.join(OBJECTIVES)}."
             )
+        if self.inverse_temperature == -1:
+            beta = _INVERSE_TEMPERATURES[self.problem]
+            object.__setattr__(self, "inverse_temperature", beta)
         super().__post_init__()
         check_at_least(self, 1, "num_graphs", "num_held_out", "clique_size", "width")
         check_at_least(self, 1, "num_neighbours")
@@ -99,7 +104,7 @@ class GraphProblemsConfig(FlowConfig):
         check_at_least(self, 0, "num_layers")
         if not 0.0 < self.tightness < 1.0:
             raise ValueError(f"tightness is {self.tightness}; it must lie between 0 and 1.")
-        if self.inverse_temperature != -1.0 and not self.inverse_temperature > 0.0:
+        if not self.inverse_temperature > 0.0:
             raise ValueError(
                 f"inverse_temperature is {self.inverse_temperature}; it must be positive, or -1."
             )
@@ -183,8 +188,6 @@ def build(config: GraphProblemsConfig) -> Run:
     """Makes the run of a config."""
     training, held_out = _graphs(config)
     beta = config.inverse_temperature
-    if beta == -1.0:
-        beta = _INVERSE_TEMPERATURES[config.problem]
     environment = graph_problem(config.problem, training, inverse_temperature=beta)
     # What a single graph could offer, all of its states, is not asked for.
     unseen = graph_problem(config.problem, held_out, inverse_temperature=beta, max_enumerated=0)
@@ -265,7 +268,8 @@ def build(config: GraphProblemsConfig) -> Run:
 
     def figures(key, state: TrainState, samples):
         del key, state
-        return {"sets": _sets(config.problem, *(samples[name][:6] for name in _DRAWN))}
+        shown = {name: drawn[:6] for name, drawn in samples.items()}
+        return {"sets": _sets(config.problem, **shown)}
 
     return flow_run(
         environment,
@@ -279,10 +283,7 @@ def build(config: GraphProblemsConfig) -> Run:
     )
 
 
-_DRAWN = ("adjacency", "sets", "values")
-
-
-def _sets(problem: str, adjacencies: np.ndarray, sets: np.ndarray, values: np.ndarray):
+def _sets(problem: str, adjacency: np.ndarray, sets: np.ndarray, values: np.ndarray):
     """Graphs on a circle with the vertices of the sets filled; of cuts, the edges that they cut."""
     from matplotlib.figure import Figure
 
@@ -293,10 +294,10 @@ def _sets(problem: str, adjacencies: np.ndarray, sets: np.ndarray, values: np.nd
     for axes in axes_of:
         axes.set_axis_off()
     unit = "edges cut" if problem == "cut" else "vertices"
-    for axes, adjacency, inside, value in zip(axes_of, adjacencies, sets, values, strict=False):
+    for axes, graph, inside, value in zip(axes_of, adjacency, sets, values, strict=False):
         angle = 2.0 * np.pi * np.arange(len(inside)) / len(inside)
         x, y = np.cos(angle), np.sin(angle)
-        for i, j in zip(*np.nonzero(np.triu(adjacency)), strict=True):
+        for i, j in zip(*np.nonzero(np.triu(graph)), strict=True):
             is_chosen = inside[i] != inside[j] if problem == "cut" else inside[i] and inside[j]
             color, width = ("#2a6f97", 0.8) if is_chosen else ("#bbbbbb", 0.4)
             axes.plot(x[[i, j]], y[[i, j]], color=color, lw=width, zorder=1)

@@ -134,7 +134,7 @@ def test_an_energy_being_trained_is_the_reward():
     assert abs(float(gradient["coupling"]) - 0.5) < 1e-6
 
 
-# Independent sets.
+# Problems on graphs.
 
 
 def test_a_clique_graph_has_its_cliques_and_cross_pairs():
@@ -207,7 +207,7 @@ def test_a_problem_of_your_own_is_a_gain_and_a_value():
     cover = env.GraphProblem(
         gain=lambda adjacency, inside: (adjacency & ~inside).sum(axis=1),
         value=lambda adjacency, inside: -inside.sum(),
-        relations=lambda adjacency, inside: (adjacency & ~inside & ~inside[:, None])[None] * 1.0,
+        relations=lambda adjacency, inside, is_open: (adjacency & ~inside & is_open[:, None])[None],
         program=program,
     )
     graph = env.preferential_graph(1, num_vertices=8, num_neighbours=2)

@@ -122,6 +122,24 @@ def test_log_flow_and_backward_policy_stay():
     )
 
 
+def test_a_uniform_policy_is_the_same_at_any_temperature_and_may_put_off_the_stop():
+    policy = tabular_policy(1, 3)
+
+    def without_logits(params, observation, *masks):
+        output = policy.apply(params, observation, *masks)
+        return output._replace(forward=MaskedCategorical(None, masks[0]))
+
+    tables = {"forward": jnp.zeros((1, 3)), "backward": jnp.zeros((1, 3)), "log_flow": jnp.zeros(1)}
+    masks = jnp.array([True, False, True]), jnp.zeros(3, bool)
+    options = {"temperature": 3.0, "stop_bias": 1.0, "stop_action": 2}
+    expected, law = (
+        exploring_policy(one, **options).apply(tables, 0, *masks).forward
+        for one in (policy, policy._replace(apply=without_logits))
+    )
+    np.testing.assert_array_equal(law.probs(), expected.probs())
+    assert law.probs()[2] < 0.3
+
+
 def test_exploration_that_is_refused():
     environment, policy = tabular(sets())
     with pytest.raises(ValueError, match=r"temperature is 0\.0"):

@@ -2,14 +2,16 @@
 
 import gc
 import os
+import sys
+from pathlib import Path
 
 import jax
 import pytest
 
-COMPILED_IN_HASTE = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-)
+# pytest's importlib mode leaves sys.path alone.
+sys.path.insert(0, str(Path(__file__).parent))
+
+import in_haste
 
 # Tracing makes millions of small objects, few of them garbage, which costs time to look for.
 gc.set_threshold(200_000, 20, 20)
@@ -19,10 +21,10 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 
 def pytest_configure(config):
-    """Thousands of small programs are compiled once and run once: with little optimisation."""
+    """Compiles in haste, unless slow tests run, whose programs run long."""
     if config.option.markexpr == "not slow":
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{COMPILED_IN_HASTE} {flags}"
+        more = "--xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1"
+        os.environ["XLA_FLAGS"] = f"{in_haste.FLAGS} {more} {os.environ.get('XLA_FLAGS', '')}"
 
 
 def pytest_make_parametrize_id(val, argname):

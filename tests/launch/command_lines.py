@@ -7,6 +7,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import in_haste
+
 ROOT = Path(__file__).parents[2]
 TINY = (
     "--config=hypergrid",
@@ -28,8 +30,7 @@ def environment():
         **clean,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "COLUMNS": "120",
-        # As in tests/conftest.py.
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+        "XLA_FLAGS": in_haste.FLAGS,
         # The same programs are compiled by every command; this is most of their time.
         "JAX_COMPILATION_CACHE_DIR": _CACHE.name,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

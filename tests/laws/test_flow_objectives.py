@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import in_haste
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -386,20 +387,14 @@ def test_losses_at_the_exact_flow(name, x64):
         objective = OBJECTIVES[row].build(environment, policy, given_trajectories(), None)
         return lambda params: objective.loss(params, (), keys, t)[0]
 
-    # Compiled in haste: a program for all objectives runs a few times only.
-    in_haste = functools.partial(
-        jax.jit,
-        compiler_options={
-            "xla_backend_optimization_level": 0,
-            "xla_cpu_use_fusion_emitters": False,
-        },
-    )
+    # A program for all objectives runs a few times only.
+    hasty_jit = functools.partial(jax.jit, compiler_options=in_haste.OPTIONS)
 
-    @in_haste
+    @hasty_jit
     def evaluate(every_params, t):
         return {row: loss_fn(row, t)(params) for row, params in every_params.items()}
 
-    @in_haste
+    @hasty_jit
     def differentiate(every_params, t):
         return {row: jax.grad(loss_fn(row, t))(params) for row, params in every_params.items()}
 

@@ -227,6 +227,6 @@ def to_arviz(draws: PyTree, *, info: Any = None) -> Any:
         statistics["lp"] = -chain_first(fields["energy"])
     if statistics:
         groups["sample_stats"] = statistics
-    if hasattr(arviz, "InferenceData"):
+    if "InferenceData" in vars(arviz):  # ArviZ 1 answers to the name, by a DataTree
         return arviz.from_dict(posterior, sample_stats=statistics or None)
     return arviz.from_dict(groups)

@@ -17,7 +17,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     arviz = pytest.importorskip("arviz")
 # The same functions of arrays [C, N], before ArviZ 1 and since.
-is_old = hasattr(arviz, "InferenceData")
+is_old = "InferenceData" in vars(arviz)
 reference = arviz if is_old else importlib.import_module("arviz_stats.base").array_stats
 
 SHAPES = [(5, 2), (64, 4)]

@@ -15,6 +15,7 @@ from ebjax.types import PyTree
 __all__ = [
     "all_finite",
     "example_keys",
+    "full_precision_matmul",
     "is_key",
     "masked_log_softmax",
     "neighbouring_keys",
@@ -165,6 +166,16 @@ def random_normal_like(key: jax.Array, tree: PyTree) -> PyTree:
       TypeError: if a leaf is not real and floating.
     """
     return random_normal_and_uniform(key, tree, 0)[0]
+
+
+def full_precision_matmul(first: jax.Array, second: jax.Array) -> jax.Array:
+    """``first @ second`` in the precision of its factors, on every device.
+
+    By default GPUs round the factors of float32 products to 11 bits (an error of 3e-4 on an H100,
+    and of 1e-7 without) and TPUs to 8. Networks are trained well by that; differences of near
+    numbers, tests of acceptance and exact draws are not to see it.
+    """
+    return jnp.matmul(first, second, precision=jax.lax.Precision.HIGHEST)
 
 
 def all_finite(tree: PyTree) -> jax.Array:

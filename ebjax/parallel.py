@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ebjax.numerics import is_key
 from ebjax.types import PyTree
 
-__all__ = ["BACKENDS", "DataParallel", "data_parallel", "spread", "to_host"]
+__all__ = ["BACKENDS", "DataParallel", "data_parallel", "on_accelerator", "spread", "to_host"]
 
 AXIS_NAME = "devices"
 BACKENDS = ("pmap", "shard_map")
@@ -221,6 +221,17 @@ def spread(
         ),
         check_vma=False,
     )
+
+
+def on_accelerator() -> bool:
+    """Whether what is traced now runs, by default, on a GPU or TPU.
+
+    There a kernel costs less than its start, and a loop that asks the device whether to go on waits
+    for the answer. For choices that change the time and no number.
+    """
+    device = jax.config.jax_default_device
+    platform = jax.default_backend() if device is None else getattr(device, "platform", device)
+    return platform != "cpu"
 
 
 def to_host(tree: PyTree) -> PyTree:

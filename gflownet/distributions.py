@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ebjax.numerics import masked_log_softmax
+from ebjax.numerics import full_precision_matmul, masked_log_softmax
 
 __all__ = ["MaskedCategorical"]
 
@@ -95,9 +94,9 @@ def _running_sum(values: jax.Array) -> jax.Array:
     width = min(size, _BLOCK)
     blocks = jnp.pad(values, (0, -size % width)).reshape(-1, width)
     triangle = jnp.asarray(np.tri(width).T, values.dtype)
-    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    within = product(blocks, triangle)
+    within = full_precision_matmul(blocks, triangle)
     if len(blocks) == 1:
         return within[0]
-    before = product(within[:, -1], jnp.asarray(np.tri(len(blocks), k=-1).T, values.dtype))
+    earlier = jnp.asarray(np.tri(len(blocks), k=-1).T, values.dtype)
+    before = full_precision_matmul(within[:, -1], earlier)
     return (within + before[:, None]).reshape(-1)[:size]

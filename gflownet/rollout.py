@@ -1,7 +1,8 @@
 """Rollouts that end when the last trajectory does.
 
 Sampling runs a ``while_loop`` over time steps of the whole batch. It stops as soon as all are done,
-so its cost follows the longest trajectory of the batch and not the longest that there could be.
+so its cost follows the longest trajectory of the batch and not the longest that there could be. An
+accelerator, on which a step that nobody needs costs less than the question, asks every few steps.
 """
 
 from __future__ import annotations
@@ -11,17 +12,21 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ebjax.parallel import on_accelerator
 from ebjax.types import Params, PyTree
 from gflownet.types import Environment, Policy, State, Trajectories
 
 __all__ = ["backward_rollout", "forward_rollout"]
 
 
-# Once half of the lanes have nothing left to do, the others go on in a program of half the width.
-# Each width is compiled by itself, which pays where some trajectories can be much longer than most.
+# On a CPU, once half of the lanes have nothing left to do, the others go on in a program of half
+# the width. Each width is compiled by itself, which pays where some trajectories can be much longer
+# than most.
 MIN_LANES = 4
 MAX_PHASES = 3
 MIN_LENGTH = 32
+# On an accelerator, steps between two questions whether any lane goes on.
+STEPS_A_LOOK = 16
 
 
 class _Step(NamedTuple):
@@ -102,7 +107,10 @@ def _roll(keys, environment: Environment, start, transition, *, extra_step: bool
     """
     length, batch_size = environment.max_length, keys.shape[0]
     step_keys = jax.vmap(lambda key: jax.random.split(key, length + 1), out_axes=1)(keys)
-    rows, shape = length + 1, (length + 1, batch_size)
+    num_looks = -(-(length + 1) // STEPS_A_LOOK) if on_accelerator() else length + 1
+    steps_a_look = -(-(length + 1) // num_looks)
+    rows = num_looks * steps_a_look  # the last may be of no step
+    shape = (rows, batch_size)
 
     def take_step(keys, lanes, is_first):
         return jax.vmap(transition, (0, 0, 0, None))(keys, lanes.state, lanes.action, is_first)
@@ -125,9 +133,10 @@ def _roll(keys, environment: Environment, start, transition, *, extra_step: bool
         log_flow=None if flow is None else jnp.zeros(shape, flow.dtype),
     )
 
-    def body(loop):
+    def advance(_, loop):
         t, lanes, step_keys, buffers = loop
-        step = take_step(step_keys[t, : len(lanes.moved)], lanes, t == 0)
+        keys = step_keys[jnp.minimum(t, length), : len(lanes.moved)]
+        step = take_step(keys, lanes, t == 0)
         moves = step.moves
         row = _Buffers(
             states=lanes.state,
@@ -142,6 +151,11 @@ def _roll(keys, environment: Environment, start, transition, *, extra_step: bool
         goes_on = moves if extra_step else moves & jax.vmap(can_move)(states)
         lanes = _Lanes(lanes.trajectory, states, step.action, moves, goes_on)
         return t + 1, lanes, step_keys, _write(buffers, row, t)
+
+    def body(loop):
+        if steps_a_look == 1:
+            return advance(0, loop)
+        return jax.lax.fori_loop(0, steps_a_look, advance, loop)
 
     def can_move(state):
         return environment.forward_mask(state).any()
@@ -162,11 +176,13 @@ def _roll(keys, environment: Environment, start, transition, *, extra_step: bool
             t, lanes, _, _ = loop
             return (lanes.goes_on.sum() > next_size) & (t < rows)
 
-        t, working, step_keys, buffers = jax.lax.while_loop(
-            has_work, body, (t, working, step_keys, buffers)
-        )
+        loop = (t, working, step_keys, buffers)
+        is_one_look = len(sizes) == num_looks == 1
+        loop = body(loop) if is_one_look else jax.lax.while_loop(has_work, body, loop)
+        t, working, step_keys, buffers = loop
         lanes = jax.tree.map(lambda *parts: jnp.concatenate(parts), working, waiting)
     back = jnp.argsort(lanes.trajectory)
+    buffers = _take(buffers, slice(length + 1), axis=0)
     return _take(lanes.state, back, axis=0), _take(buffers, back, axis=1)
 
 
@@ -177,7 +193,8 @@ def _take(tree: PyTree, index, *, axis: int) -> PyTree:
 def _lane_counts(environment: Environment, batch_size: int) -> list[int]:
     """How many trajectories are evaluated together: fewer once most have ended."""
     sizes = [batch_size]
-    if environment.stop_action is None or environment.max_length < MIN_LENGTH:
+    varies = environment.stop_action is not None and environment.max_length >= MIN_LENGTH
+    if on_accelerator() or not varies:
         return sizes
     while sizes[-1] >= 2 * MIN_LANES and len(sizes) < MAX_PHASES:
         sizes.append(sizes[-1] // 2)

@@ -151,7 +151,7 @@ def logit_table(logits: npt.ArrayLike, *, is_binary: bool = False) -> Target:
         rows = jnp.stack([1.0 - x, x], axis=-1) if is_binary else x
         value = jnp.asarray(table, x.dtype)
         for row in rows:
-            value = jnp.tensordot(row, value, axes=(0, 0))
+            value = jnp.tensordot(row, value, (0, 0), precision="highest")
         return -value
 
     shape = (table.ndim,)

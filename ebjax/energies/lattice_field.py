@@ -94,7 +94,8 @@ def _free_field(energy: Any, shape: tuple[int, ...], mass_squared: float, period
     def sample(key):
         x = jax.random.normal(key, shape) * scales
         for axis, basis in enumerate(bases):
-            x = jnp.moveaxis(jnp.tensordot(jnp.asarray(basis), x, axes=(1, axis)), 0, axis)
+            turned = jnp.tensordot(jnp.asarray(basis), x, (1, axis), precision="highest")
+            x = jnp.moveaxis(turned, 0, axis)
         return x
 
     moments = None

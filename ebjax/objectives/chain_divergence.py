@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ebjax.numerics import full_precision_matmul
 from ebjax.objectives.persistent_chains import Negative
 from ebjax.types import EnergyFn, Params, Position
 
@@ -80,7 +81,7 @@ def log_nearest_distance(points: jax.Array, others: jax.Array, index: jax.Array)
     # Products instead of differences: [N, M] numbers and not [N, M, D].
     squares = (
         jnp.sum(jnp.square(constant), -1)[:, None]
-        - 2.0 * constant @ others.T
+        - 2.0 * full_precision_matmul(constant, others.T)
         + jnp.sum(jnp.square(others), -1)
     )
     is_self = index[:, None] == jnp.arange(len(others))

@@ -119,8 +119,10 @@ def _finite_difference_terms(energy_fn, params, x, key, *context, epsilon, num_s
     """``((E₊ - E₋)²/(8ε²), (E₊ + E₋ - 2 E₀)/ε²)``, means over the slices."""
     energy, flat = _flat_energy(energy_fn, params, x, context)
     steps = epsilon * draw_slices(key, num_slices, flat.size, slices, flat.dtype)
-    # One pass over all points: 2 M + 1 evaluations.
-    energies = jax.vmap(energy)(jnp.concatenate([flat + steps, flat - steps, flat[None]]))
+    # One pass over all points: 2 M + 1 evaluations. Of their differences little would be left where
+    # products round their factors.
+    with jax.default_matmul_precision("highest"):
+        energies = jax.vmap(energy)(jnp.concatenate([flat + steps, flat - steps, flat[None]]))
     plus, minus, here = jnp.split(energies, (num_slices, 2 * num_slices))
     half_square = 0.5 * jnp.square((plus - minus) / (2.0 * epsilon))
     curvature = (plus + minus - 2.0 * here) / epsilon**2

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from jax.flatten_util import ravel_pytree
 
+from ebjax.numerics import full_precision_matmul
 from ebjax.types import Position, PyTree
 
 __all__ = [
@@ -99,7 +100,7 @@ def velocity(metric: Metric, vector: Position) -> Position:
         return vector
     if metric.inverse_mass.ndim == 1:
         return _on_flat(lambda p: metric.inverse_mass * p, vector)
-    return _on_flat(lambda p: metric.inverse_mass @ p, vector)
+    return _on_flat(lambda p: full_precision_matmul(metric.inverse_mass, p), vector)
 
 
 def momentum(metric: Metric, noise: Position) -> Position:
@@ -120,7 +121,7 @@ def scaled_noise(metric: Metric, noise: Position) -> Position:
         return noise
     if metric.factor.ndim == 1:
         return _on_flat(lambda xi: metric.factor * xi, noise)
-    return _on_flat(lambda xi: metric.factor @ xi, noise)
+    return _on_flat(lambda xi: full_precision_matmul(metric.factor, xi), noise)
 
 
 def scaled_gradient(metric: Metric, gradient: Position) -> Position:
@@ -130,7 +131,7 @@ def scaled_gradient(metric: Metric, gradient: Position) -> Position:
         return gradient
     if metric.factor.ndim == 1:
         return _on_flat(lambda g: metric.factor * g, gradient)
-    return _on_flat(lambda g: metric.factor.T @ g, gradient)
+    return _on_flat(lambda g: full_precision_matmul(metric.factor.T, g), gradient)
 
 
 def kinetic_energy(metric: Metric, vector: Position) -> jax.Array:

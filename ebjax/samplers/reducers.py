@@ -7,6 +7,7 @@ Each is a ``Reducer`` of one chain, passed to ``sample(..., reducers={"name": ..
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -68,11 +69,12 @@ def _moments(state: WelfordState) -> StreamingMoments:
 def pool_moments(reduced: StreamingMoments) -> StreamingMoments:
     """Moments of the union of several chains, from theirs [C, ...]."""
     total = reduced.num_points.sum()
-    mean = jnp.einsum("c,cd->d", reduced.num_points, reduced.mean) / total
+    contract = functools.partial(jnp.einsum, precision="highest")
+    mean = contract("c,cd->d", reduced.num_points, reduced.mean) / total
     apart = reduced.mean - mean
     products = "c,ci,cj->ij" if reduced.covariance.ndim == 3 else "c,ci,ci->i"
-    between = jnp.einsum(products, reduced.num_points, apart, apart)
-    within = jnp.einsum("c,c...->...", reduced.num_points - 1, reduced.covariance)
+    between = contract(products, reduced.num_points, apart, apart)
+    within = contract("c,c...->...", reduced.num_points - 1, reduced.covariance)
     return StreamingMoments(total, mean, (within + between) / (total - 1))
 
 

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ebjax.numerics import full_precision_matmul
+
 __all__ = [
     "WelfordState",
     "shrunk_covariance",
@@ -63,7 +65,7 @@ def welford_update(state: WelfordState, points: jax.Array) -> WelfordState:
     if state.scatter.ndim == 1:
         scatter = jnp.square(centred).sum(axis=0)
     else:
-        scatter = jnp.matmul(centred.T, centred, precision=jax.lax.Precision.HIGHEST)
+        scatter = full_precision_matmul(centred.T, centred)
     count = jnp.asarray(len(points), state.num_points.dtype)
     return welford_merge(state, WelfordState(count, mean, scatter))
 

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
+from jax.extend.core import jaxprs_in_params
 
 from ebjax import numerics
+from ebjax.energies import mlp_energy, targets
 from ebjax.numerics import (
     all_finite,
     example_keys,
@@ -22,6 +24,9 @@ from ebjax.numerics import (
     random_normal_like,
     shuffled_index,
 )
+from ebjax.objectives.chain_divergence import log_nearest_distance
+from ebjax.objectives.score_matching import finite_difference_score_matching_loss
+from ebjax.samplers import metric
 
 log_softmax = jax.jit(masked_log_softmax)
 
@@ -222,3 +227,47 @@ def test_all_finite(bad):
     assert all_finite(tree)
     assert not all_finite(tree | {"b": jnp.float32(bad)})
     assert not all_finite(tree | {"a": tree["a"].at[1, 2].set(bad)})
+
+
+def precisions(fn, *args):
+    """Of all products of matrices of a function, batched over the first axis of its arguments."""
+    found = []
+
+    def visit(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                found.append(equation.params["precision"])
+            for sub in jaxprs_in_params(equation.params):
+                visit(sub)
+
+    visit(jax.make_jaxpr(jax.vmap(fn))(*args).jaxpr)
+    return found
+
+
+NETWORK = mlp_energy((8,))
+PARAMS = NETWORK.init(jax.random.key(0), jnp.zeros(3))
+METRIC = metric.make_metric(jnp.array([[2.0, 0.5, 0.0], [0.5, 1.0, 0.0], [0.0, 0.0, 3.0]]))
+ROTATED = targets.ill_conditioned_gaussian(3, 10.0, seed=0)
+IN_FULL = {
+    "product": lambda x, key: numerics.full_precision_matmul(x[None], x),
+    "finite_differences": lambda x, key: finite_difference_score_matching_loss(
+        NETWORK.apply, PARAMS, x, key
+    ),
+    "velocity": lambda x, key: metric.velocity(METRIC, x),
+    "displacement": lambda x, key: metric.scaled_noise(METRIC, x),
+    "gradient": lambda x, key: metric.scaled_gradient(METRIC, x),
+    "nearest": lambda x, key: log_nearest_distance(x[None], jnp.ones((4, 3)), jnp.zeros(1, int)),
+    "quadratic_form": lambda x, key: ROTATED.energy((), x),
+    "exact_draw": lambda x, key: ROTATED.sample(key),
+}
+
+
+@pytest.mark.parametrize("name", IN_FULL)
+def test_what_must_be_exact_does_not_round_its_factors(name):
+    x, keys = jnp.ones((2, 3)), jax.random.split(jax.random.key(0), 2)
+    found = precisions(IN_FULL[name], x, keys)
+    highest = jax.lax.Precision.HIGHEST
+    assert found
+    assert set(found) == {(highest, highest)}
+    # Control: a network's own products are as fast as the device can.
+    assert set(precisions(lambda x, key: NETWORK.apply(PARAMS, x), x, keys)) == {None}

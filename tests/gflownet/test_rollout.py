@@ -416,8 +416,9 @@ def test_backward_path_frequencies():
     assert chi_square(counts, [law[0], law[2], law[1]]) < FIVE_SIGMA
 
 
+@pytest.mark.parametrize("how", ["all_lanes", "few_looks", "one_look"])
 @pytest.mark.parametrize("roll", [forward_rollout, backward_rollout])
-def test_fewer_lanes_draw_the_same(roll, monkeypatch):
+def test_the_way_of_the_loop_draws_the_same(roll, how, monkeypatch):
     environment, policy = setting("hypergrid_2x5")
     params = random_tables(environment, 3)
     ends = (some_terminal("hypergrid_2x5", 64, seed=4)[1],) if roll is backward_rollout else ()
@@ -435,5 +436,11 @@ def test_fewer_lanes_draw_the_same(roll, monkeypatch):
 
     many = draw()
     monkeypatch.setattr(rollout, "_lane_counts", lambda environment, size: [size])
+    if how != "all_lanes":
+        monkeypatch.setattr(rollout, "on_accelerator", lambda: True)
+    if how == "few_looks":
+        monkeypatch.setattr(rollout, "STEPS_A_LOOK", 4)
     assert len(set(many.length.tolist())) > 4
+    assert (environment.max_length + 1) % 4
+    assert environment.max_length < rollout.STEPS_A_LOOK or how == "few_looks"
     chex.assert_trees_all_close(many, draw(), rtol=1e-6)

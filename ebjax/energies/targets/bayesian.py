@@ -167,8 +167,9 @@ def _conditional(spread, xp):
     weights = xp.asarray(1.0 / _ERRORS**2)
     loadings = xp.concatenate([xp.ones((8, 1)), spread * xp.eye(8)], axis=1)  # θ = loadings (μ, z)
     prior = xp.diag(xp.asarray([1.0 / _SCALE**2] + 8 * [1.0]))
-    precision = prior + loadings.T @ (weights[:, None] * loadings)
-    return precision, loadings.T @ (weights * xp.asarray(_EFFECTS))
+    with jax.default_matmul_precision("highest"):
+        precision = prior + loadings.T @ (weights[:, None] * loadings)
+        return precision, loadings.T @ (weights * xp.asarray(_EFFECTS))
 
 
 def _spread_law() -> TabulatedLaw:

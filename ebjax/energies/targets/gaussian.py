@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ebjax.energies.targets.posterior import Posterior, make_posterior
-from ebjax.energies.targets.reductions import half_quadratic_form, total
+from ebjax.energies.targets.reductions import half_quadratic_form, matrix_product, total
 from ebjax.types import Moments, Target
 
 __all__ = [
@@ -174,7 +174,7 @@ def ill_conditioned_gaussian(
 
     return target._replace(
         energy=energy,
-        sample=lambda key: jnp.asarray(root) @ jax.random.normal(key, (dim,)),
+        sample=lambda key: matrix_product(root, jax.random.normal(key, (dim,))),
         moments=Moments(jnp.zeros(dim), jnp.asarray((rotation * variances) @ rotation.T)),
     )
 

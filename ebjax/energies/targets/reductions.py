@@ -1,7 +1,6 @@
 """Sums and quadratic forms that are fast under ``vmap``, in full precision on every device.
 
-On CPU, XLA vectorises a matrix product and not a sum over a short last axis; on some GPUs a
-product rounds its factors unless told not to, and a Metropolis test would see it.
+On CPU, XLA vectorises a matrix product and not a sum over a short last axis.
 """
 
 from __future__ import annotations
@@ -12,18 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ebjax.numerics import full_precision_matmul
+
 __all__ = ["half_quadratic_form", "matrix_product", "total"]
 
 
 def matrix_product(matrix: np.ndarray | jax.Array, vector: jax.Array) -> jax.Array:
     """``matrix @ vector`` in the dtype of ``vector`` and in its full precision."""
-    matrix = jnp.asarray(matrix, vector.dtype)
-    return jnp.matmul(matrix, vector, precision=jax.lax.Precision.HIGHEST)
+    return full_precision_matmul(jnp.asarray(matrix, vector.dtype), vector)
 
 
 def total(terms: jax.Array) -> jax.Array:
     """[] the sum of ``terms`` [D], as a product with ones."""
-    return jnp.dot(terms, jnp.ones_like(terms), precision=jax.lax.Precision.HIGHEST)
+    return full_precision_matmul(terms, jnp.ones_like(terms))
 
 
 def half_quadratic_form(precision: np.ndarray) -> Callable[[jax.Array], jax.Array]:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from jax.flatten_util import ravel_pytree
 from scipy.special import stdtrit
 
+from ebjax.numerics import full_precision_matmul
 from ebjax.samplers.evaluate import value_and_gradient
 from ebjax.types import EnergyFn, Params, Position, PyTree
 
@@ -114,7 +115,8 @@ def _stein(params, positions, flat, length_scale, *, energy_fn, is_unbiased):
         root = jax.lax.rsqrt(1.0 + squares)
         cubed = root**3
         pulls = (difference * (score[i] - score)).sum(axis=-1)
-        u = (score @ score[i]) * root + (pulls + dim) * cubed - 3.0 * squares * root**5
+        products = full_precision_matmul(score, score[i])
+        u = products * root + (pulls + dim) * cubed - 3.0 * squares * root**5
         if is_unbiased:
             u = jnp.where(jnp.arange(num_points) == i, 0.0, u)
         return u.sum()

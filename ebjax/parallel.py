@@ -229,7 +229,7 @@ def on_accelerator() -> bool:
     There a kernel costs less than its start, and a loop that asks the device whether to go on waits
     for the answer. For choices that change the time and no number.
     """
-    device = jax.config.jax_default_device
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
     platform = jax.default_backend() if device is None else getattr(device, "platform", device)
     return platform != "cpu"
 

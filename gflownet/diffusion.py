@@ -15,6 +15,8 @@ every path at the best one, as the number of steps grows.
     tb        (log Z - w)² with a learned log Z
     vargrad   (w - mean w)², the mean over the policy's own paths
     pis       -w on paths of the policy itself, with gradient through the path (reverse KL)
+    db, subtb, fldb, flsubtb
+              the parts of a path, by flows of the states between: see ``diffusion_flows``
 
 The learned log Z of ``tb`` follows the mean of w and not log Z; quote ``FlowBounds``. On-policy
 training loses modes that it once forgot. ``local_search_steps`` moves Metropolis-adjusted Langevin
@@ -30,6 +32,7 @@ samplers", NeurIPS 2024 (local search, the network).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -40,13 +43,19 @@ import jax.numpy as jnp
 from ebjax.samplers import mala
 from ebjax.samplers.run import run_chain
 from ebjax.types import EnergyFn, Objective, Params, bind
-from gflownet.policies.diffusion import DiffusionPolicy
+from gflownet.diffusion_flows import (
+    PARTIAL_LOSSES,
+    log_reference,
+    partial_losses,
+    relative_flows,
+)
+from gflownet.policies.diffusion import DiffusionFlow, DiffusionPolicy
 
 __all__ = [
     "DIFFUSION_LOSSES",
     "DiffusionProcess",
     "backward_path",
-    "control_of",
+    "controls_of",
     "diffusion_objective",
     "draw",
     "forward_path",
@@ -54,7 +63,7 @@ __all__ = [
     "target_log_weight",
 ]
 
-DIFFUSION_LOSSES = ("tb", "vargrad", "pis")
+DIFFUSION_LOSSES = ("tb", "vargrad", "pis", *PARTIAL_LOSSES)
 
 Drift = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -138,21 +147,19 @@ def backward_path(key: jax.Array, process: DiffusionProcess, x: jax.Array) -> ja
     return jnp.concatenate([jnp.zeros_like(x)[None], path.at[-1].set(x)])
 
 
-def control_of(process: DiffusionProcess, drift: Drift, path: jax.Array) -> jax.Array:
-    """[] the control term of a given path [T + 1, D], all steps at once."""
+def controls_of(process: DiffusionProcess, drift: Drift, path: jax.Array) -> jax.Array:
+    """[T] the terms of the control of a given path [T + 1, D], all steps at once."""
     step = 1.0 / process.num_steps
     u = jax.vmap(drift)(path[:-1], jnp.arange(process.num_steps) * step)
     moves = path[1:] - path[:-1]
-    return (jnp.sum(u * moves) - 0.5 * step * jnp.sum(jnp.square(u))) / process.variance
+    return jnp.sum(u * moves - 0.5 * step * jnp.square(u), axis=-1) / process.variance
 
 
 def log_weight(
     process: DiffusionProcess, energy: jax.Array, x: jax.Array, control: jax.Array
 ) -> jax.Array:
     """[] w of a path that ends at ``x`` [D] with ``energy`` = -log R(x)."""
-    square = jnp.sum(jnp.square(x)) / process.variance
-    log_reference = -0.5 * (square + x.size * math.log(2.0 * math.pi * process.variance))
-    return -energy - log_reference - control
+    return -energy - log_reference(x, process.variance) - control
 
 
 def draw(
@@ -181,8 +188,8 @@ def target_log_weight(
 ) -> jax.Array:
     """[] w of a bridge back from ``x`` [D], a draw of the target: above log Z on average."""
     drift = _bound_drift(policy, params, energy_fn, energy_params)
-    control = control_of(process, drift, backward_path(key, process, x))
-    return log_weight(process, energy_fn(energy_params, x), x, control)
+    controls = controls_of(process, drift, backward_path(key, process, x))
+    return log_weight(process, energy_fn(energy_params, x), x, controls.sum())
 
 
 class _Chains(NamedTuple):
@@ -206,6 +213,8 @@ class _Rules(NamedTuple):
     local_search_steps: int
     local_search_step_size: float
     rebirth_probability: float
+    flow: DiffusionFlow | None
+    decay: float
     axis_name: str | None
 
 
@@ -221,6 +230,8 @@ def diffusion_objective(
     local_search_steps: int = 0,
     local_search_step_size: float = 0.1,
     rebirth_probability: float = 0.02,
+    flow: DiffusionFlow | None = None,
+    decay: float = 2.0,
     axis_name: str | None = None,
 ) -> Objective:
     """Builds the objective: one path an example slot and update.
@@ -230,7 +241,7 @@ def diffusion_objective(
       policy: the drift.
       process: steps and variance.
       dim: D.
-      loss: "tb", "vargrad" or "pis".
+      loss: one of ``DIFFUSION_LOSSES``.
       exploration: c, further noise of each step, a number or a schedule of the update count. Not
         with "pis".
       energy_params: parameters of the energy.
@@ -238,13 +249,16 @@ def diffusion_objective(
         0 has no chains and all paths are the policy's. Not with "pis".
       local_search_step_size: h of these at the start.
       rebirth_probability: chance that a chain goes on from the policy's draw.
+      flow: flows of the states on the way, for the losses of a path's parts.
+      decay: λ >= 0 of "subtb" and "flsubtb".
       axis_name: the mapped axis of devices, over which "vargrad" takes its mean.
 
     Returns:
-      An ``Objective`` whose parameters are ``{"policy": ..., "log_z": []}`` (without ``log_z``
-      unless "tb"), and whose batch is not used. Metrics: ``elbo`` (mean w of the policy's paths,
-      below log Z without exploration), ``log_z`` with "tb", ``log_reward``, ``exploration``, and
-      ``acceptance_rate`` and ``log_step_size`` (mean) of the chains.
+      An ``Objective`` whose parameters are ``{"policy": ..., "flow": ..., "log_z": []}`` (``flow``
+      if it is used, no ``log_z`` with "vargrad" and "pis"), and whose batch is not used. Metrics:
+      ``elbo`` (mean w of the policy's paths, below log Z without exploration), ``log_z`` where it
+      is learned, ``log_reward``, ``exploration``, and ``acceptance_rate`` and ``log_step_size``
+      (mean) of the chains.
 
     Raises:
       ValueError: naming the option that is out of range.
@@ -262,6 +276,10 @@ def diffusion_objective(
         )
     if not 0.0 <= rebirth_probability <= 1.0:
         raise ValueError(f"rebirth_probability is {rebirth_probability}; it must be in [0, 1].")
+    if loss in PARTIAL_LOSSES and flow is None:
+        raise ValueError(f"loss is {loss!r}, which needs flow, the flows of states on the way.")
+    if not decay >= 0.0:
+        raise ValueError(f"decay is {decay}; it must be at least 0.")
     rules = _Rules(
         energy_fn,
         policy,
@@ -273,6 +291,8 @@ def diffusion_objective(
         local_search_steps,
         local_search_step_size,
         rebirth_probability,
+        flow,
+        decay,
         axis_name,
     )
     return Objective(init=bind(_init, rules=rules), loss=bind(_loss, rules=rules))
@@ -328,24 +348,51 @@ def _loss(params, carry: _Chains, keys, batch, *, rules: _Rules):
         metrics["acceptance_rate"] = acceptance
         metrics["log_step_size"] = carry.log_step_size.mean()
     paths = jax.lax.stop_gradient(paths)
-    controls = jax.vmap(lambda path: control_of(rules.process, drift, path))(paths)
-    weights, energies = _weights(rules, paths[:, -1], controls)
+    controls = jax.vmap(lambda path: controls_of(rules.process, drift, path))(paths)
+    weights, energies = _weights(rules, paths[:, -1], controls.sum(axis=1))
     own, num_own = jnp.sum(jnp.where(is_own, weights, 0.0)), is_own.sum()
     metrics |= {
         "elbo": own / jnp.maximum(num_own, 1),
         "log_reward": jnp.sum(jnp.where(is_own, -energies, 0.0)) / jnp.maximum(num_own, 1),
         "exploration": share,
     }
+    carry = carry._replace(age=carry.age + 1)
+    if "log_z" in params:
+        metrics["log_z"] = params["log_z"]
+    if rules.loss in PARTIAL_LOSSES:
+        return _partial(rules, params, paths, controls, energies), (carry, metrics)
     if rules.loss == "tb":
         residuals = params["log_z"] - weights
-        metrics["log_z"] = params["log_z"]
     else:
         # Of the policy's own paths only: there it is the baseline of least variance.
         if rules.axis_name is not None:
             own, num_own = jax.lax.psum((own, num_own), rules.axis_name)
         residuals = weights - jax.lax.stop_gradient(own) / jnp.maximum(num_own, 1)
-    carry = carry._replace(age=carry.age + 1)
     return jnp.mean(jnp.square(residuals)), (carry, metrics)
+
+
+def _partial(rules: _Rules, params, paths, controls, last_energies) -> jax.Array:
+    """[] the loss of the parts of paths [B, T + 1, D]."""
+    assert rules.flow is not None
+    kind = PARTIAL_LOSSES[rules.loss]
+    energies = jnp.broadcast_to(last_energies[:, None], paths.shape[:2])
+    if kind.is_forward_looking:
+        of_states = jax.vmap(jax.vmap(rules.energy_fn, (None, 0)), (None, 0))
+        energies = of_states(rules.energy_params, paths)
+    log_flow = functools.partial(rules.flow.log_flow, params["flow"])
+
+    def flows_of(path, energies):
+        return relative_flows(
+            path,
+            energies,
+            rules.process.variance,
+            params["log_z"],
+            log_flow,
+            is_forward_looking=kind.is_forward_looking,
+        )
+
+    decay = rules.decay if kind.decay is None else kind.decay
+    return partial_losses(jax.vmap(flows_of)(paths, energies), controls, decay=decay).mean()
 
 
 def _weights(rules: _Rules, ends: jax.Array, controls: jax.Array) -> tuple[jax.Array, jax.Array]:

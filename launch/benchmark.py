@@ -113,6 +113,7 @@ def run_suite(
                 console.print(f"{variant.name} is left out: {error}", soft_wrap=True)
                 continue
             if "missing" in worker.start:
+                worker.close()
                 console.print(
                     f"{variant.name} is left out: {worker.start['missing']}", soft_wrap=True
                 )

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from ebjax.types import Params, Position
-from gflownet.diffusion import DiffusionProcess, backward_path, control_of, forward_path
+from gflownet.diffusion import DiffusionProcess, backward_path, controls_of, forward_path
 from gflownet.policies.diffusion import DiffusionPolicy
 from gflownet.rollout import backward_rollout, forward_rollout
 from gflownet.types import Environment, Policy, State
@@ -140,6 +140,6 @@ def diffusion_proposals(policy: DiffusionPolicy, process: DiffusionProcess, dim:
     def loss(params, key, proposal, refined):
         del proposal
         bridge = backward_path(jax.random.fold_in(key, 1), process, refined)
-        return -control_of(process, drift_of(params), bridge)
+        return -controls_of(process, drift_of(params), bridge).sum()
 
     return Proposals(propose, loss)

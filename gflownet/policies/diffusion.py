@@ -1,4 +1,4 @@
-"""Drift of a diffusion sampler: a network of position and time, which may follow the slope.
+"""Networks of position and time: the drift of a diffusion sampler, and the flow of its states.
 
 Zhang and Chen, "Path integral sampler", ICLR 2022; Sendera et al., "Improved off-policy training of
 diffusion samplers", NeurIPS 2024.
@@ -16,7 +16,7 @@ import numpy as np
 
 from ebjax.types import Params
 
-__all__ = ["DiffusionPolicy", "diffusion_policy"]
+__all__ = ["DiffusionFlow", "DiffusionPolicy", "diffusion_flow", "diffusion_policy"]
 
 _LARGEST_SLOPE = 100.0
 
@@ -36,10 +36,22 @@ class DiffusionPolicy(NamedTuple):
     uses_slope: bool
 
 
-class _Drift(nn.Module):
+class DiffusionFlow(NamedTuple):
+    """log F of a state less the log-density of the walk without drift.
+
+    Attributes:
+      init: ``key -> params``.
+      log_flow: ``(params, x [D], time []) -> []``.
+    """
+
+    init: Callable[[jax.Array], Params]
+    log_flow: Callable[[Params, jax.Array, jax.Array], jax.Array]
+
+
+class _Network(nn.Module):
     """Features of position and time, summed; then dense layers, the last of them zero."""
 
-    dim: int
+    num_outputs: int
     features: int
     num_layers: int
     uses_slope: bool
@@ -54,7 +66,7 @@ class _Drift(nn.Module):
         hidden = nn.gelu(nn.Dense(self.features)(x) + time_features)
         for _ in range(self.num_layers):
             hidden = nn.gelu(nn.Dense(self.features)(hidden))
-        out = nn.Dense(self.dim, kernel_init=nn.initializers.zeros_init())(hidden)
+        out = nn.Dense(self.num_outputs, kernel_init=nn.initializers.zeros_init())(hidden)
         if self.uses_slope:
             scale = nn.Dense(self.features)(waves)
             scale = nn.Dense(
@@ -81,10 +93,8 @@ def diffusion_policy(
     >>> policy.drift(policy.init(jax.random.key(0)), jnp.ones(2), jnp.array(0.5), None).tolist()
     [0.0, 0.0]
     """
-    for name, value in (("dim", dim), ("features", features)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1.")
-    module = _Drift(dim, features, num_layers, uses_slope)
+    _check_sizes(dim, features)
+    module = _Network(dim, features, num_layers, uses_slope)
     zero = jnp.zeros(dim)
 
     def drift(params, x, time, slope) -> jax.Array:
@@ -96,3 +106,34 @@ def diffusion_policy(
         drift=drift,
         uses_slope=uses_slope,
     )
+
+
+def diffusion_flow(dim: int, *, features: int = 64, num_layers: int = 2) -> DiffusionFlow:
+    """A network of position and time with one output, 0 at its start.
+
+    Args:
+      dim: D.
+      features: width of its layers.
+      num_layers: hidden layers after the sum of features.
+
+    >>> flow = diffusion_flow(2)
+    >>> float(flow.log_flow(flow.init(jax.random.key(0)), jnp.ones(2), jnp.array(0.5)))
+    0.0
+    """
+    _check_sizes(dim, features)
+    module = _Network(1, features, num_layers, uses_slope=False)
+
+    def log_flow(params, x, time) -> jax.Array:
+        out: Any = module.apply({"params": params}, x, time, None)
+        return out[0]
+
+    return DiffusionFlow(
+        init=lambda key: module.init(key, jnp.zeros(dim), jnp.zeros(()), None)["params"],
+        log_flow=log_flow,
+    )
+
+
+def _check_sizes(dim: int, features: int) -> None:
+    for name, value in (("dim", dim), ("features", features)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1.")

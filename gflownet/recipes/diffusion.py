@@ -37,7 +37,8 @@ from gflownet.diffusion import (
     draw,
     target_log_weight,
 )
-from gflownet.policies.diffusion import diffusion_policy
+from gflownet.diffusion_flows import PARTIAL_LOSSES
+from gflownet.policies.diffusion import diffusion_flow, diffusion_policy
 from gflownet.recipes.learned_target import learned_target
 
 if TYPE_CHECKING:
@@ -69,7 +70,9 @@ class DiffusionConfig(AdamConfig):
     ema_decay: float = setting(0.99)
     learning_rate: float = setting(5e-3)
     gradient_clip: float = setting(10.0)
-    log_z_learning_rate: float = setting(0.1, "tb: learning rate of log Z")
+    log_z_learning_rate: float = setting(0.1, "learning rate of log Z; not with vargrad and pis")
+    flow_learning_rate: float = setting(1e-2, "db, subtb, fldb, flsubtb: that of the flows")
+    subtrajectory_decay: float = setting(2.0, "subtb, flsubtb: lambda")
     path_steps: int = setting(40, "T, steps of a path")
     variance: float = setting(0.0, "of the walk without drift at its end; 0: as the target needs")
     features: int = setting(64, "width of the network")
@@ -102,6 +105,7 @@ class DiffusionConfig(AdamConfig):
         check_at_least(self, 2, "num_evaluated")
         check_at_least(self, 0, "variance", "log_z_learning_rate", "exploration", "target_dim")
         check_at_least(self, 0, "exploration_decay_steps", "local_search_steps")
+        check_at_least(self, 0, "flow_learning_rate", "subtrajectory_decay")
         check_at_least(self, 1e-9, "local_search_step_size")
         check_between(self, 0, 1, "rebirth_probability")
 
@@ -123,6 +127,7 @@ def build(config: DiffusionConfig) -> Run:
         num_layers=config.num_layers,
         uses_slope=config.uses_slope,
     )
+    flow = diffusion_flow(dim, features=config.features, num_layers=config.num_layers)
     exploration: Any = 0.0
     if config.exploration:
         exploration = optax.linear_schedule(config.exploration, 0.0, config.exploration_decay_steps)
@@ -136,17 +141,23 @@ def build(config: DiffusionConfig) -> Run:
         local_search_steps=config.local_search_steps,
         local_search_step_size=config.local_search_step_size,
         rebirth_probability=config.rebirth_probability,
+        flow=flow,
+        decay=config.subtrajectory_decay,
         axis_name=AXIS_NAME,
     )
-    has_log_z = config.loss == "tb"
+    optimizers = {"policy": config.optimizer()}
+    if config.loss not in ("vargrad", "pis"):
+        optimizers["log_z"] = config.optimizer(config.log_z_learning_rate)
+    if config.loss in PARTIAL_LOSSES:
+        optimizers["flow"] = config.optimizer(config.flow_learning_rate)
 
     def init(key):
-        params = {"policy": policy.init(key)}
-        return {**params, "log_z": jnp.zeros(())} if has_log_z else params
-
-    optimizers = {"policy": config.optimizer()}
-    if has_log_z:
-        optimizers["log_z"] = config.optimizer(config.log_z_learning_rate)
+        params = {
+            "policy": policy.init(key),
+            "log_z": jnp.zeros(()),
+            "flow": flow.init(jax.random.fold_in(key, 1)),
+        }
+        return {name: params[name] for name in optimizers}
 
     @jax.jit
     def draw_many(keys, params):

@@ -11,15 +11,16 @@ from ebjax.energies import targets
 from gflownet.diffusion import (
     DiffusionProcess,
     backward_path,
-    control_of,
+    controls_of,
     diffusion_objective,
     draw,
     forward_path,
     log_weight,
     target_log_weight,
 )
+from gflownet.diffusion_flows import PARTIAL_LOSSES, partial_losses, relative_flows
 from gflownet.evaluation import bounds_of_weights
-from gflownet.policies.diffusion import diffusion_policy
+from gflownet.policies.diffusion import diffusion_flow, diffusion_policy
 
 PROCESS = DiffusionProcess(num_steps=5, variance=1.7)
 
@@ -56,7 +57,7 @@ def test_weights_are_ratios_of_the_densities_of_all_steps(exploration, x64):
     found = log_weight(PROCESS, energy, path[-1], control)
     expected = plain_weight(np.asarray(path), -float(energy))
     np.testing.assert_allclose(found, expected, rtol=1e-10)
-    np.testing.assert_allclose(control, control_of(PROCESS, drift, path), rtol=1e-10)
+    np.testing.assert_allclose(control, controls_of(PROCESS, drift, path).sum(), rtol=1e-10)
     # The planted bug: the bridge's variance one step late.
     assert abs(plain_weight(np.asarray(path), -float(energy), shift=1) - found) > 0.05
 
@@ -130,7 +131,7 @@ def test_gradients_do_not_flow_through_paths(loss):
         def weight(key):
             path, _ = forward_path(jax.random.split(key, 3)[0], PROCESS, bound, 2)
             path = jax.lax.stop_gradient(path)
-            control = control_of(PROCESS, bound, path)
+            control = controls_of(PROCESS, bound, path).sum()
             return log_weight(PROCESS, energy_fn(0.7, path[-1]), path[-1], control)
 
         weights = jax.vmap(weight)(keys)
@@ -142,18 +143,121 @@ def test_gradients_do_not_flow_through_paths(loss):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("loss", ["tb", "vargrad", "pis"])
+def log_flow(x, time):
+    """Any function."""
+    return jnp.sin(x).sum() + time * x[0]
+
+
+def plain_parts(path, log_z, *, looks_forward, shift=0):
+    """log F_i + log P_F(i..j) - log F_j - log P_B(i..j) of all parts, from densities of each step.
+
+    ``shift`` plants a bug: flows of the step after.
+    """
+    steps, variance = PROCESS
+    flows, ratios = [log_z], []
+    for i in range(1, steps + 1):
+        x, time = path[i], i / steps
+        reward = -float(energy_fn(0.7, jnp.asarray(x)))
+        late = min(time + shift / steps, 1.0)
+        known = stats.norm.logpdf(x, 0.0, np.sqrt(late * variance)).sum()
+        if looks_forward:
+            known = (1.0 - late) * known + late * reward
+        flows.append(reward if i == steps else float(log_flow(jnp.asarray(x), time)) + known)
+    for i in range(steps):
+        mean = path[i] + np.asarray(drift(jnp.asarray(path[i]), i / steps)) / steps
+        ratio = stats.norm.logpdf(path[i + 1], mean, np.sqrt(variance / steps)).sum()
+        if i > 0:
+            bridge = np.sqrt(variance / steps * i / (i + 1))
+            ratio -= stats.norm.logpdf(path[i], path[i + 1] * i / (i + 1), bridge).sum()
+        ratios.append(ratio)
+    return {
+        (i, j): flows[i] + sum(ratios[i:j]) - flows[j]
+        for i in range(steps)
+        for j in range(i + 1, steps + 1)
+    }
+
+
+@pytest.mark.parametrize("loss", PARTIAL_LOSSES)
+def test_parts_of_paths_are_balanced_as_their_densities_say(loss, x64):
+    paths = [backward_path(jax.random.key(i), PROCESS, jnp.array([1.0, -0.5])) for i in range(2)]
+    kind = PARTIAL_LOSSES[loss]
+    decay = 2.0 if kind.decay is None else kind.decay
+
+    def plain(shift):
+        losses = []
+        for path in paths:
+            parts = plain_parts(
+                np.asarray(path), 0.4, looks_forward=kind.is_forward_looking, shift=shift
+            )
+            # Only their ratios matter; 0**0 is 1.
+            weights = {(i, j): decay ** (j - i - 1) for i, j in parts}
+            total = sum(weights[part] * residual**2 for part, residual in parts.items())
+            losses.append(total / sum(weights.values()))
+        return losses
+
+    def flows_of(path):
+        energies = jax.vmap(energy_fn, (None, 0))(0.7, path)
+        return relative_flows(
+            path,
+            energies,
+            PROCESS.variance,
+            jnp.array(0.4),
+            log_flow,
+            is_forward_looking=kind.is_forward_looking,
+        )
+
+    controls = jnp.stack([controls_of(PROCESS, drift, path) for path in paths])
+    found = partial_losses(jnp.stack([flows_of(path) for path in paths]), controls, decay=decay)
+    np.testing.assert_allclose(found, plain(0), rtol=1e-9)
+    assert (np.abs(found - np.array(plain(1))) > 0.01 * found).all()
+
+
+def test_the_whole_path_alone_is_trajectory_balance(x64):
+    policy, flow = diffusion_policy(2, features=4), diffusion_flow(2, features=4)
+    params = {"policy": policy.init(jax.random.key(0)), "log_z": jnp.array(0.4)}
+    keys, values = jax.random.split(jax.random.key(1), 6), {}
+    for loss in ("tb", "subtb", "flsubtb"):
+        if loss != "tb":
+            params["flow"] = flow.init(jax.random.key(1))
+        objective = diffusion_objective(
+            energy_fn,
+            policy,
+            PROCESS,
+            2,
+            loss=loss,
+            flow=flow,
+            decay=np.inf,
+            exploration=0.3,
+            energy_params=0.7,
+        )
+        carry = objective.init(jax.random.key(2), params, jnp.zeros(6))
+        values[loss], (_, metrics) = objective.loss(params, carry, keys, jnp.zeros(6))
+        assert metrics["log_z"] == 0.4
+    assert values["subtb"] == pytest.approx(float(values["tb"]), rel=1e-9)
+    assert values["flsubtb"] == pytest.approx(float(values["tb"]), rel=1e-9)
+
+
+@pytest.mark.parametrize("loss", ["tb", "vargrad", "pis", *PARTIAL_LOSSES])
 def test_a_shifted_gaussian_is_learned(loss):
     """N((2, -1), I): the drift that solves it is a constant, and both bounds close on log Z."""
     target = targets.gaussian(jnp.array([2.0, -1.0]), jnp.eye(2))
     policy = diffusion_policy(2, features=16, num_layers=1)
+    flow = diffusion_flow(2, features=16, num_layers=1)
     process = DiffusionProcess(num_steps=8, variance=1.0)
     objective = diffusion_objective(
-        target.energy, policy, process, 2, loss=loss, exploration=0.0 if loss == "pis" else 0.2
+        target.energy,
+        policy,
+        process,
+        2,
+        loss=loss,
+        exploration=0.0 if loss == "pis" else 0.2,
+        flow=flow,
     )
     params = {"policy": policy.init(jax.random.key(0))}
-    if loss == "tb":
+    if loss not in ("vargrad", "pis"):
         params["log_z"] = jnp.zeros(())
+    if loss in PARTIAL_LOSSES:
+        params["flow"] = flow.init(jax.random.key(4))
     optimizer = optax.adam(1e-2)
     batch = jnp.zeros(64)
 
@@ -274,7 +378,9 @@ def test_the_baseline_of_vargrad_is_the_mean_over_the_policys_own_paths(x64):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss": "db"}, "loss is 'db'"),
+        ({"loss": "mse"}, "loss is 'mse'"),
+        ({"loss": "db"}, "loss is 'db', which needs flow"),
+        ({"loss": "subtb", "flow": diffusion_flow(2), "decay": -1.0}, "decay is -1"),
         ({"loss": "pis", "exploration": 0.1}, "must be 0"),
         ({"local_search_steps": -1}, "local_search_steps is -1"),
         ({"rebirth_probability": 2.0}, "rebirth_probability is 2"),

@@ -38,11 +38,14 @@ def test_a_short_run_gives_all_figures(trained):
     assert set(run.monitor(jax.random.key(3), state)) == {"gap"}
 
 
-@pytest.mark.parametrize("loss", ["vargrad", "pis"])
-def test_losses_without_log_z_have_none(loss):
+@pytest.mark.parametrize(
+    ("loss", "more"),
+    [("vargrad", ()), ("pis", ()), ("tb", ("log_z",)), ("flsubtb", ("log_z", "flow"))],
+)
+def test_what_is_learned_is_what_the_loss_uses(loss, more):
     config = DiffusionConfig(loss=loss, features=4, path_steps=2)
     params = jax.eval_shape(build(config).init, jax.random.key(0))
-    assert set(params) == {"policy"}
+    assert set(params) == {"policy", *more}
     assert (config.exploration == 0.0) == (loss == "pis")
 
 
@@ -50,7 +53,8 @@ def test_losses_without_log_z_have_none(loss):
     ("settings", "message"),
     [
         ({"target": "moon"}, "target is 'moon'"),
-        ({"loss": "db"}, "loss is 'db'"),
+        ({"loss": "mse"}, "loss is 'mse'"),
+        ({"subtrajectory_decay": -1.0}, "subtrajectory_decay is -1"),
         ({"path_steps": 0}, "path_steps is 0"),
         ({"rebirth_probability": 1.5}, "rebirth_probability is 1.5"),
         ({"local_search_step_size": 0.0}, "local_search_step_size is 0.0"),

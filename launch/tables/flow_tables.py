@@ -25,6 +25,13 @@ def _diffusion() -> Table:
         "tb": {"exploration": 0.0, "local_search_steps": 0},
         "tb-exploration": {"local_search_steps": 0},
         "vargrad-exploration": {"loss": "vargrad", "local_search_steps": 0},
+        "flsubtb": {"loss": "flsubtb", "exploration": 0.0, "local_search_steps": 0},
+        "flsubtb-slope": {
+            "loss": "flsubtb",
+            "exploration": 0.0,
+            "local_search_steps": 0,
+            "uses_slope": True,
+        },
         "tb-local-search": {},
         "tb-local-search-slope": {"uses_slope": True},
     }
@@ -34,6 +41,7 @@ def _diffusion() -> Table:
         "vargrad": {"loss": "vargrad", "local_search_steps": 0},
         "vargrad-local-search": {"loss": "vargrad"},
         "vargrad-local-search-slope": {"loss": "vargrad", "uses_slope": True},
+        "flsubtb-slope": arms["flsubtb-slope"],
     }
     # Chains in the mouth of the funnel drift away, and start anew more often; between the wells
     # none crosses, and they keep what they were born with.

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import collections
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -61,6 +62,8 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # The processes share a GPU, of which each would take most of the memory.
+            env={"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ},
         )
         fields = ("module", "function", "options", "num_devices")
         self.start = self._ask(json.dumps({name: getattr(variant, name) for name in fields}))

@@ -164,9 +164,10 @@ def _roll(keys, environment: Environment, start, transition, *, extra_step: bool
     sizes = _lane_counts(environment, batch_size)
     for size, next_size in zip(sizes, [*sizes[1:], 0], strict=True):
         # The lanes that go on come first; the others wait outside of the loop.
-        order = jnp.argsort(~lanes.goes_on, stable=True)
-        lanes = _take(lanes, order, axis=0)
-        step_keys, buffers = _take((step_keys, buffers), order, axis=1)
+        if size < batch_size:
+            order = jnp.argsort(~lanes.goes_on, stable=True)
+            lanes = _take(lanes, order, axis=0)
+            step_keys, buffers = _take((step_keys, buffers), order, axis=1)
         working, waiting = (
             _take(lanes, slice(size), axis=0),
             _take(lanes, slice(size, None), axis=0),
@@ -181,8 +182,10 @@ def _roll(keys, environment: Environment, start, transition, *, extra_step: bool
         loop = body(loop) if is_one_look else jax.lax.while_loop(has_work, body, loop)
         t, working, step_keys, buffers = loop
         lanes = jax.tree.map(lambda *parts: jnp.concatenate(parts), working, waiting)
-    back = jnp.argsort(lanes.trajectory)
     buffers = _take(buffers, slice(length + 1), axis=0)
+    if len(sizes) == 1:
+        return lanes.state, buffers
+    back = jnp.argsort(lanes.trajectory)
     return _take(lanes.state, back, axis=0), _take(buffers, back, axis=1)
 
 

@@ -171,9 +171,9 @@ def random_normal_like(key: jax.Array, tree: PyTree) -> PyTree:
 def full_precision_matmul(first: jax.Array, second: jax.Array) -> jax.Array:
     """``first @ second`` in the precision of its factors, on every device.
 
-    By default GPUs round the factors of float32 products to 11 bits (an error of 3e-4 on an H100,
-    and of 1e-7 without) and TPUs to 8. Networks are trained well by that; differences of near
-    numbers, tests of acceptance and exact draws are not to see it.
+    By default GPUs round the factors of float32 products to 11 bits (TF32) and TPUs to 8
+    (bfloat16). Networks may be trained so; differences of near numbers, tests of acceptance and
+    exact draws are not to see it.
     """
     return jnp.matmul(first, second, precision=jax.lax.Precision.HIGHEST)
 

@@ -227,7 +227,7 @@ def on_accelerator() -> bool:
     """Whether what is traced now runs, by default, on a GPU or TPU.
 
     There a kernel costs less than its start, and a loop that asks the device whether to go on waits
-    for the answer. For choices that change the time and no number.
+    for the answer. For choices that change the time, and numbers by rounding alone.
     """
     device = jax.config.jax_default_device  # type: ignore[attr-defined]
     platform = jax.default_backend() if device is None else getattr(device, "platform", device)

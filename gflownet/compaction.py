@@ -5,7 +5,7 @@
 out: the backward pass is a second loop over the same chunks that evaluates each one again and sums
 the gradients of the parameters. Nothing is kept between the two passes but the inputs.
 
-An accelerator takes larger chunks, which cost it no more time than small ones.
+An accelerator takes larger chunks: there it is the number of kernels that costs time.
 """
 
 from __future__ import annotations

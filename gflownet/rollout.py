@@ -177,16 +177,14 @@ def _roll(keys, environment: Environment, start, transition, *, extra_step: bool
             t, lanes, _, _ = loop
             return (lanes.goes_on.sum() > next_size) & (t < rows)
 
-        loop = (t, working, step_keys, buffers)
-        is_one_look = len(sizes) == num_looks == 1
-        loop = body(loop) if is_one_look else jax.lax.while_loop(has_work, body, loop)
-        t, working, step_keys, buffers = loop
+        t, working, step_keys, buffers = jax.lax.while_loop(
+            has_work, body, (t, working, step_keys, buffers)
+        )
         lanes = jax.tree.map(lambda *parts: jnp.concatenate(parts), working, waiting)
-    buffers = _take(buffers, slice(length + 1), axis=0)
-    if len(sizes) == 1:
-        return lanes.state, buffers
-    back = jnp.argsort(lanes.trajectory)
-    return _take(lanes.state, back, axis=0), _take(buffers, back, axis=1)
+    if len(sizes) > 1:
+        back = jnp.argsort(lanes.trajectory)
+        lanes, buffers = _take(lanes, back, axis=0), _take(buffers, back, axis=1)
+    return lanes.state, _take(buffers, slice(length + 1), axis=0)
 
 
 def _take(tree: PyTree, index, *, axis: int) -> PyTree:

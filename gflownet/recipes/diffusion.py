@@ -152,12 +152,12 @@ def build(config: DiffusionConfig) -> Run:
         optimizers["flow"] = config.optimizer(config.flow_learning_rate)
 
     def init(key):
-        params = {
-            "policy": policy.init(key),
-            "log_z": jnp.zeros(()),
-            "flow": flow.init(jax.random.fold_in(key, 1)),
+        inits = {
+            "policy": policy.init,
+            "log_z": lambda key: jnp.zeros(()),
+            "flow": lambda key: flow.init(jax.random.fold_in(key, 1)),
         }
-        return {name: params[name] for name in optimizers}
+        return {name: inits[name](key) for name in optimizers}
 
     @jax.jit
     def draw_many(keys, params):

@@ -20,18 +20,14 @@ def _hypergrid() -> Table:
 
 
 def _diffusion() -> Table:
+    own_paths: dict[str, Any] = {"exploration": 0.0, "local_search_steps": 0}
     arms: dict[str, dict[str, Any]] = {
         "pis": {"loss": "pis"},
-        "tb": {"exploration": 0.0, "local_search_steps": 0},
+        "tb": own_paths,
         "tb-exploration": {"local_search_steps": 0},
         "vargrad-exploration": {"loss": "vargrad", "local_search_steps": 0},
-        "flsubtb": {"loss": "flsubtb", "exploration": 0.0, "local_search_steps": 0},
-        "flsubtb-slope": {
-            "loss": "flsubtb",
-            "exploration": 0.0,
-            "local_search_steps": 0,
-            "uses_slope": True,
-        },
+        "flsubtb": {"loss": "flsubtb", **own_paths},
+        "flsubtb-slope": {"loss": "flsubtb", "uses_slope": True, **own_paths},
         "tb-local-search": {},
         "tb-local-search-slope": {"uses_slope": True},
     }

@@ -248,6 +248,7 @@ NETWORK = mlp_energy((8,))
 PARAMS = NETWORK.init(jax.random.key(0), jnp.zeros(3))
 METRIC = metric.make_metric(jnp.array([[2.0, 0.5, 0.0], [0.5, 1.0, 0.0], [0.0, 0.0, 3.0]]))
 ROTATED = targets.ill_conditioned_gaussian(3, 10.0, seed=0)
+CORRELATED = targets.gaussian(jnp.zeros(3), jnp.eye(3) + 0.5)
 IN_FULL = {
     "product": lambda x, key: numerics.full_precision_matmul(x[None], x),
     "finite_differences": lambda x, key: finite_difference_score_matching_loss(
@@ -259,6 +260,7 @@ IN_FULL = {
     "nearest": lambda x, key: log_nearest_distance(x[None], jnp.ones((4, 3)), jnp.zeros(1, int)),
     "quadratic_form": lambda x, key: ROTATED.energy((), x),
     "exact_draw": lambda x, key: ROTATED.sample(key),
+    "draw_of_distrax": lambda x, key: CORRELATED.sample(key),
 }
 
 

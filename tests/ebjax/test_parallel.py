@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ebjax.parallel import AXIS_NAME, data_parallel, spread, to_host
+from ebjax.parallel import AXIS_NAME, data_parallel, on_accelerator, spread, to_host
 
 BACKENDS = ("pmap", "shard_map")
 
@@ -111,3 +111,12 @@ def test_a_step_may_have_nothing_to_split(num_devices, backend, nothing):
     replicated, split = program.collect(*placed)
     assert replicated == 1.0 + 2 * 0.5 * num_devices
     assert split == nothing
+
+
+def test_an_accelerator_is_what_programs_run_on_by_default(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert on_accelerator()
+    with jax.default_device(jax.devices("cpu")[0]):
+        assert not on_accelerator()
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    assert not on_accelerator()

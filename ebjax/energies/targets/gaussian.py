@@ -72,11 +72,15 @@ def gaussian(mean: npt.ArrayLike, covariance: npt.ArrayLike) -> Target:
         del params
         return form(x - jnp.asarray(mean, x.dtype))
 
+    def sample(key):
+        with jax.default_matmul_precision("highest"):
+            return law.sample(seed=key)
+
     return Target(
         energy=energy,
         event_shape=mean.shape,
         log_z=float(0.5 * (mean.size * _LOG_2PI + log_determinant)),
-        sample=lambda key: law.sample(seed=key),
+        sample=sample,
         moments=Moments(jnp.asarray(mean), jnp.asarray(covariance)),
         modes=jnp.asarray(mean)[None],
     )

@@ -20,47 +20,31 @@ al., "Learning energy-based models by diffusion recovery likelihood", ICLR 2021.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ebjax.data import Dataset, array_source, load_dataset, split_index, stream_source
+from ebjax.data import array_source, stream_source
 from ebjax.recipes.image_evaluation import ImageSets, evaluate_images, image_figures
+from ebjax.recipes.image_files import ImageFileConfig, load_images
 from ebjax.recipes.image_models import BOUNDS, build_model, pixels_of
-from ebjax.training import (
-    AdamConfig,
-    check_at_least,
-    check_between,
-    check_widths,
-    setting,
-)
-from ebjax.types import Recipe, Run, TrainState, bind
+from ebjax.training import check_at_least, check_between, check_widths, setting
+from ebjax.types import Recipe, Run, TrainState
 
 __all__ = ["ImagesConfig", "recipe"]
 
 OBJECTIVES = ("pcd", "recovery_likelihood")
 NETWORKS = ("mlp", "convolutional", "residual")
-_SPLIT_SEED = 0
 # How many images figures of merit and pictures look at, at most.
 _MOST_TRAINING_IMAGES, _MOST_LABELLED_IMAGES, _MOST_HELD_OUT_IMAGES = 20_000, 4000, 2000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ImagesConfig(AdamConfig):
+class ImagesConfig(ImageFileConfig):
     """Settings of the images run."""
 
-    data_path: str = setting(
-        "digits", "images: .npz, .npy, IDX, a folder, or scikit-learn's 'digits'"
-    )
-    data_key: str = setting("", "name of the images in an .npz with several arrays")
-    label_key: str = setting("", "name of the labels in an .npz; figures use them, training not")
-    labels_path: str = setting("", "file with the labels of an .npy or IDX file")
-    downsample: int = setting(1, "side of the blocks of pixels that are averaged to one")
     stream: bool = setting(False, "read images from disk as they are used (.npy, IDX)")
-    num_held_out: int = setting(297, "images that training never sees")
     data_noise: float = setting(0.04, "pcd: standard deviation of noise on the data")
     objective: str = setting("pcd", f"how the energy is learned: {' or '.join(OBJECTIVES)}")
     energy_network: str = setting("mlp", f"the energy: {', '.join(NETWORKS)}")
@@ -98,18 +82,12 @@ class ImagesConfig(AdamConfig):
     def __post_init__(self) -> None:
         """Checks types and ranges."""
         super().__post_init__()
-        if not self.data_path:
-            raise ValueError(
-                "data_path is ''; give images: .npz, .npy, IDX, a folder of .png or .jpg, or "
-                "'digits'."
-            )
         for name, known in (("objective", OBJECTIVES), ("energy_network", NETWORKS)):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}."
                 )
-        check_at_least(self, 2, "num_held_out")
-        check_at_least(self, 1, "downsample", "langevin_steps", "chains_per_example")
+        check_at_least(self, 1, "langevin_steps", "chains_per_example")
         check_at_least(self, 1, "sample_steps", "recovery_steps")
         check_at_least(self, 2, "num_levels")
         if self.drift_steps < 4 or self.drift_steps % 4:
@@ -123,85 +101,9 @@ class ImagesConfig(AdamConfig):
         check_widths(self, "features")
 
 
-class Images(NamedTuple):
-    """Images of a file, and how they become what the energy sees.
-
-    Attributes:
-      raw: the dataset as it stands in the file, images [N, height, width] or with channels.
-      training: rows for training.
-      held_out: rows that training never sees.
-      transform: ``(key, x) -> image`` [height, width, channels] in [-1, 1]; the key is not used.
-      num_values: how many values a pixel can take, ``None`` where they are not whole numbers.
-    """
-
-    raw: Dataset
-    training: np.ndarray
-    held_out: np.ndarray
-    transform: Callable[[jax.Array, jax.Array], jax.Array]
-    num_values: int | None
-
-    def take(self, rows: np.ndarray) -> np.ndarray:
-        """[n, height, width, channels] images of some rows, in [-1, 1]."""
-        key = jax.random.key(0)  # not used
-        return np.asarray(jax.vmap(self.transform, (None, 0))(key, self.raw.examples[rows]))
-
-    def labels(self, rows: np.ndarray) -> np.ndarray | None:
-        """[n] labels of some rows, if there are any."""
-        return None if self.raw.labels is None else self.raw.labels[rows]
-
-
-def load_images(config: ImagesConfig) -> Images:
-    """Reads the images of a config and splits them.
-
-    Raises:
-      ValueError: naming the file or setting that does not fit.
-    """
-    raw = load_dataset(
-        config.data_path,
-        key=config.data_key or None,
-        label_key=config.label_key or None,
-        labels_path=config.labels_path or None,
-        memory_map=config.stream,
-    )
-    shape = raw.examples.shape[1:]
-    is_image = len(shape) == 2 or (len(shape) == 3 and shape[2] <= 4)
-    if not is_image:
-        raise ValueError(
-            f"{raw.name}: an example has shape {shape}; images are [height, width] or [height, "
-            "width, channels] with up to 4 channels."
-        )
-    if shape[0] % config.downsample or shape[1] % config.downsample:
-        raise ValueError(
-            f"downsample is {config.downsample}; it must divide the sides of the images, "
-            f"{shape[0]} and {shape[1]}."
-        )
-    low, high = float(raw.examples.min()), float(raw.examples.max())
-    is_whole = raw.examples.dtype.kind in "ui"
-    if is_whole and low >= 0 and high > 16:
-        low, high = 0.0, float(2 ** int(np.ceil(np.log2(high + 1))) - 1)  # the whole range of bytes
-    if low == high:
-        raise ValueError(f"{raw.name}: all pixels are {low}; images must differ from their ground.")
-    training, held_out = split_index(len(raw.examples), config.num_held_out, _SPLIT_SEED)
-    transform = bind(_to_image, downsample=config.downsample, low=low, high=high, is_whole=is_whole)
-    return Images(raw, training, held_out, transform, int(high - low) + 1 if is_whole else None)
-
-
-def _to_image(key, x, *, downsample, low, high, is_whole):
-    del key
-    x = jnp.asarray(x, jnp.float32)
-    x = x.reshape(x.shape[0], x.shape[1], -1)
-    if downsample > 1:
-        height, width, channels = x.shape
-        blocks = (height // downsample, downsample, width // downsample, downsample, channels)
-        x = x.reshape(blocks).mean(axis=(1, 3))
-        # So that a pixel takes as many values as before.
-        x = jnp.round(x) if is_whole else x
-    return 2.0 * (x - low) / (high - low) - 1.0
-
-
 def build(config: ImagesConfig) -> Run:
     """Makes the run of a config."""
-    images = load_images(config)
+    images = load_images(config, memory_map=config.stream)
     sets = ImageSets(
         training=images.take(images.training[:_MOST_TRAINING_IMAGES]),
         held_out=images.take(images.held_out[:_MOST_HELD_OUT_IMAGES]),

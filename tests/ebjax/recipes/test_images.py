@@ -18,6 +18,7 @@ from ebjax.recipes.image_evaluation import (
     likelihood_figures,
     outliers,
 )
+from ebjax.recipes.image_files import load_images
 from ebjax.recipes.image_models import (
     Model,
     Pixels,
@@ -25,7 +26,7 @@ from ebjax.recipes.image_models import (
     build_model,
     pixels_of,
 )
-from ebjax.recipes.images import ImagesConfig, build, load_images, recipe
+from ebjax.recipes.images import ImagesConfig, build, recipe
 from ebjax.samplers import langevin
 from ebjax.training import train
 

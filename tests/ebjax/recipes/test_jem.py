@@ -12,7 +12,7 @@ from ebjax.training import train
 
 
 def test_images_keep_their_labels_through_the_split():
-    data = load_labelled_images(497, seed=3)
+    data = load_labelled_images(recipe.config(seed=3))
     assert data.images.shape == (1300, 8, 8, 1)
     assert data.held_out_images.shape == (497, 8, 8, 1)
     digits = load_digits()
@@ -33,7 +33,7 @@ def test_examples_of_both_terms_are_drawn_apart():
     """Clean labelled images, noisy ones for the likelihood; one pass sees each of both once."""
     config = recipe.config(data_noise=0.03, seed=3)
     run = build(config)
-    data = load_labelled_images(497, seed=3)
+    data = load_labelled_images(recipe.config(seed=3))
     one = jax.jit(jax.vmap(lambda i: run.source.example(run.source.arrays, jax.random.key(0), i)))
     batch = one(np.arange(1300, dtype=np.uint32))
     index_of = {image.tobytes(): i for i, image in enumerate(data.images)}
@@ -50,10 +50,69 @@ def test_examples_of_both_terms_are_drawn_apart():
     assert np.abs(noisy).max() <= 1.0
 
 
+@pytest.fixture(scope="module")
+def bars(tmp_path_factory):
+    """Three classes of 12 x 8 bytes: a bright bar at the left, in the middle, at the right."""
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 3, 400)
+    images = generator.integers(0, 60, (400, 12, 8), np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        image[:, 3 * label : 3 * label + 2] += np.uint8(180)
+    path = tmp_path_factory.mktemp("bars") / "bars.npz"
+    np.savez(path, pictures=images, kinds=labels)
+    return path
+
+
+@pytest.mark.parametrize("network", ["mlp", "residual"])
+@pytest.mark.parametrize("births", ["noise", "class_gaussians"])
+def test_a_file_of_labelled_images_is_learned(bars, network, births):
+    config = recipe.config(
+        **SHORT | {"hidden_features": (16, 16), "num_steps": 60, "langevin_steps": 10},
+        data_path=str(bars),
+        data_key="pictures",
+        label_key="kinds",
+        downsample=2,
+        num_held_out=100,
+        classifier_network=network,
+        births=births,
+        num_devices=1,
+    )
+    data = load_labelled_images(config)
+    assert data.images.shape == (300, 6, 4, 1)
+    assert (data.images.min() >= -1.0, data.images.max() <= 1.0, data.num_classes) == (1, 1, 3)
+    run = recipe.build(config)
+    state = train(run, config).state
+    figures = run.evaluate(jax.random.key(2), state)
+    assert figures["accuracy"] > 0.9  # chance: a third
+    assert figures["frechet_pixel"] < figures["frechet_pixel_of_noise"]
+    draws = run.sample(jax.random.key(1), state, 30)
+    assert draws["images_of_class"].shape == (30, 6, 4, 1)
+    assert draws["labels"].tolist() == [0, 1, 2] * 10
+    assert "samples_by_class" in run.figures(jax.random.key(0), state, draws)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({}, "label_key"), ({"label_key": "negative"}, "-1"), ({"label_key": "alike"}, "two classes")],
+)
+def test_labels_that_name_no_classes_are_refused(tmp_path, options, says):
+    images = np.random.default_rng(0).uniform(size=(20, 4, 4))
+    labels = {"negative": np.arange(20) - 1, "alike": np.zeros(20, int)}
+    np.savez(tmp_path / "some.npz", images=images, **labels)
+    path = str(tmp_path / "some.npz")
+    config = recipe.config(data_path=path, data_key="images", num_held_out=5, **options)
+    with pytest.raises(ValueError, match=says):
+        build(config)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("num_held_out", 10),
+        ("num_held_out", 1),
+        ("num_held_out", 1797),
+        ("classifier_network", "perceptron"),
+        ("downsample", 3),
+        ("data_path", ""),
         ("hidden_features", ()),
         ("likelihood_weight", -1.0),
         ("births", "zeros"),
@@ -63,7 +122,7 @@ def test_examples_of_both_terms_are_drawn_apart():
 )
 def test_impossible_settings_are_named(field, value):
     with pytest.raises(ValueError, match=field):
-        recipe.config(**{field: value})
+        build(recipe.config(**{field: value}))
 
 
 def trained(**options):
@@ -83,7 +142,7 @@ SHORT = {
 
 
 def test_short_run_classifies_and_draws():
-    data = load_labelled_images(497, seed=0)
+    data = load_labelled_images(recipe.config(seed=0))
     noise = np.random.default_rng(0).uniform(-1, 1, (500, 8, 8, 1))
     far = frechet_distance(noise, data.held_out_images)
     run, state = trained(**SHORT)
@@ -116,7 +175,7 @@ def test_the_plain_twin_classifies_and_has_no_chains():
 def test_births_from_class_gaussians():
     """Close to the data in mean and covariance, before anything is learned."""
     run = build(recipe.config(births="class_gaussians", hidden_features=(8,)))
-    data = load_labelled_images(497, seed=0)
+    data = load_labelled_images(recipe.config(seed=0))
     batch = JointBatch(data.images[:60], data.labels[:60], data.images[:60])
     births = np.asarray(run.objective.init(jax.random.key(0), {}, batch).position)
     births = births.reshape(-1, 8, 8, 1)

@@ -124,7 +124,7 @@ def load_labelled_images(config: JemConfig) -> LabelledImages:
     if labels is None:
         raise ValueError(
             f"{name}: has no labels, and a classifier needs them; name them by label_key (.npz) "
-            "or labels_path (.npy, IDX)."
+            "or labels_path (.npy, IDX), or give each class a subfolder of the folder."
         )
     if labels.min() < 0 or labels.max() < 1:
         raise ValueError(

@@ -122,41 +122,6 @@ OBJECTIVES_2D = (
 )
 
 
-DATASETS_2D = ("eight_gaussians", "two_moons", "pinwheel", "checkerboard", "rings")
-OBJECTIVES_2D = (
-    "pcd",
-    "cd",
-    "short_run",
-    "jarzynski",
-    "score_matching",
-    "sliced_score_matching",
-    "finite_difference_score_matching",
-    "denoising_score_matching",
-    "recovery_likelihood",
-    "noise_contrastive",
-    "conditional_noise_contrastive",
-    "flow_contrastive",
-    "cooperative",
-)
-
-
-OBJECTIVES_2D = (
-    "pcd",
-    "cd",
-    "short_run",
-    "jarzynski",
-    "score_matching",
-    "sliced_score_matching",
-    "finite_difference_score_matching",
-    "denoising_score_matching",
-    "recovery_likelihood",
-    "noise_contrastive",
-    "conditional_noise_contrastive",
-    "flow_contrastive",
-    "cooperative",
-)
-
-
 # About twice the mean of three seeds of a right implementation; the others are known to fail there.
 _LARGEST_KL: dict[str, dict[str, float]] = {
     "eight_gaussians": {

@@ -63,8 +63,7 @@ def bars(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("network", ["mlp", "residual"])
-@pytest.mark.parametrize("births", ["noise", "class_gaussians"])
+@pytest.mark.parametrize(("network", "births"), [("mlp", "noise"), ("residual", "class_gaussians")])
 def test_a_file_of_labelled_images_is_learned(bars, network, births):
     config = recipe.config(
         **SHORT | {"hidden_features": (16, 16), "num_steps": 60, "langevin_steps": 10},
@@ -79,7 +78,9 @@ def test_a_file_of_labelled_images_is_learned(bars, network, births):
     )
     data = load_labelled_images(config)
     assert data.images.shape == (300, 6, 4, 1)
-    assert (data.images.min() >= -1.0, data.images.max() <= 1.0, data.num_classes) == (1, 1, 3)
+    assert data.images.min() >= -1.0
+    assert data.images.max() <= 1.0
+    assert data.num_classes == 3
     run = recipe.build(config)
     state = train(run, config).state
     figures = run.evaluate(jax.random.key(2), state)

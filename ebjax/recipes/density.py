@@ -146,6 +146,9 @@ class DensityConfig(AdamConfig):
     flow_layers: int = setting(6, "flow_contrastive, cooperative: coupling layers")
     flow_player: str = setting("likelihood", "flow_contrastive: adversarial or likelihood")
     flow_learning_rate: float = setting(1e-3, "flow_contrastive, cooperative: of the flow")
+    num_proposals: int = setting(
+        16, "cooperative: draws of the flow of which the energy chooses one for a chain"
+    )
     sample_steps: int = setting(500, "steps from noise when samples are asked for")
     num_grid_points: int = setting(201, "points of the quadrature in a direction")
 
@@ -169,7 +172,7 @@ class DensityConfig(AdamConfig):
                 f"kernel is {self.kernel!r}; it must be one of auto, {', '.join(KERNELS)}."
             )
         check_at_least(self, 1, "langevin_steps", "chains_per_example", "num_slices", "num_noise")
-        check_at_least(self, 1, "walkers_moved")
+        check_at_least(self, 1, "walkers_moved", "num_proposals")
         check_at_least(self, 1, "num_noise_levels", "recovery_levels", "sample_steps")
         check_at_least(self, 0, "base_scale", "data_noise", "flow_learning_rate")
         check_at_least(self, 0, "energy_regularizer", "num_frequencies", "gradient_penalty")

@@ -30,7 +30,7 @@ from ebjax.objectives.contrastive_divergence import (
     persistent_contrastive_divergence,
     short_run,
 )
-from ebjax.objectives.cooperative import cooperative
+from ebjax.objectives.cooperative import cooperative, refined_proposal
 from ebjax.objectives.denoising_score_matching import (
     annealed_denoising_score_matching,
     denoising_score_matching,
@@ -402,11 +402,15 @@ def _cooperative(config: Any, frame: Frame) -> Method:
         energy_key, flow_key = jax.random.split(key)
         return {"energy": init(energy_key), "sampler": flow.init(flow_key, jnp.zeros(2))}
 
+    together: dict[str, Any] = {
+        "num_steps": config.langevin_steps,
+        "num_proposals": config.num_proposals,
+        "log_prob": flow.log_prob,
+    }
+    sample = refined_proposal(energy_fn, flow.sample, kernel, **together)
+
     def draw(key, params):
-        flow_key, chain_key = jax.random.split(key)
-        state = kernel.init(of_all, params, flow.sample(params["sampler"], flow_key))
-        state, _ = run_chain(chain_key, kernel, of_all, params, state, config.langevin_steps)
-        return state.position
+        return sample(params, key)[1].refined
 
     penalties = [energy_magnitude(config.energy_regularizer)] if config.energy_regularizer else []
     objective = cooperative(
@@ -414,8 +418,8 @@ def _cooperative(config: Any, frame: Frame) -> Method:
         flow.sample,
         lambda params, key, proposal, refined: -flow.log_prob(params, refined),
         kernel,
-        num_steps=config.langevin_steps,
         regularizers=penalties,
+        **together,
     )
     return Method(init_both, objective, of_all, draw)
 

@@ -12,7 +12,7 @@ from ebjax.objectives.contrastive_divergence import (
     persistent_contrastive_divergence,
     short_run,
 )
-from ebjax.objectives.cooperative import cooperative
+from ebjax.objectives.cooperative import cooperative, refined_proposal
 from ebjax.objectives.denoising_score_matching import (
     annealed_denoising_score_matching,
     denoising_score_matching,
@@ -74,6 +74,7 @@ __all__ = [
     "recovery_likelihood",
     "recovery_sample",
     "recovery_schedule",
+    "refined_proposal",
     "regularized",
     "score_matching",
     "short_run",

@@ -1,12 +1,14 @@
 """Cooperative training of Gaussians, where every expectation is known."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from ebjax.objectives.cooperative import cooperative
+from ebjax.objectives.cooperative import cooperative, refined_proposal
 from ebjax.objectives.regularizers import energy_magnitude
 from ebjax.samplers import langevin, mala
 
@@ -33,6 +35,10 @@ def negative_log_density(sampler, key, proposal, refined):
     del key, proposal
     z = (refined - sampler["shift"]) / sampler["scale"]
     return jnp.sum(0.5 * jnp.square(z) + jnp.log(jnp.abs(sampler["scale"])))
+
+
+def log_prob(sampler, x):
+    return -negative_log_density(sampler, None, None, x) - jnp.log(2.0 * jnp.pi)
 
 
 PARAMS = {
@@ -94,8 +100,9 @@ def test_the_loss_gets_the_key_of_the_proposal(x64):
         del refined
         return jnp.abs(propose(sampler, key) - proposal).max()
 
-    _, _, _, metrics, _ = gradients(DESCENT, loss=difference)
-    assert metrics["sampler_loss"] == pytest.approx(0.0, abs=1e-14)
+    for options in ({}, {"num_proposals": 5, "log_prob": log_prob}):
+        _, _, _, metrics, _ = gradients(DESCENT, loss=difference, **options)
+        assert metrics["sampler_loss"] == pytest.approx(0.0, abs=1e-14)
     assert len(np.unique(samples.proposal[:, 0])) == 6  # each slot its own
 
 
@@ -148,7 +155,99 @@ def test_both_find_the_data(loss):
         assert np.all(scale < 0.1)
 
 
-@pytest.mark.parametrize("options", [{"num_steps": 0}, {"num_steps": 1, "sampler_weight": -1.0}])
+def two_modes(share, x):
+    """[] log density of two modes that are 20 deviations apart, ``share`` of it in the left one."""
+    left, right = (-0.5 * jnp.square(x - mean) for mean in (-10.0, 10.0))
+    return jnp.logaddexp(jnp.log(share) + left, jnp.log1p(-share) + right)
+
+
+def propose_mode(share, key):
+    side_key, place_key = jax.random.split(key)
+    mean = jnp.where(jax.random.bernoulli(side_key, share), -10.0, 10.0)
+    return mean + jax.random.normal(place_key)
+
+
+def expected_left_share(num, proposed, weighed, true):
+    """Of one of ``num`` draws, a share ``proposed`` of them left, by true / weighed masses."""
+    total = 0.0
+    for left in range(num + 1):
+        chance = math.comb(num, left) * proposed**left * (1 - proposed) ** (num - left)
+        heavy, light = left * true / weighed, (num - left) * (1 - true) / (1 - weighed)
+        total += chance * heavy / (heavy + light)
+    return total
+
+
+NUM_DRAWS = 20_000
+
+
+def left_share(num_proposals, weighed=0.3):
+    """Share of draws that are left, of an energy with 0.8 of its mass there and proposals with 0.3,
+    and [NUM_DRAWS] the effective shares of the proposals' weights."""
+    sample = refined_proposal(
+        lambda share, x: -two_modes(share, x),
+        propose_mode,
+        mala(step_size=0.1),
+        num_steps=2,
+        num_proposals=num_proposals,
+        log_prob=lambda share, x: two_modes(weighed, x),
+    )
+    params = {"energy": 0.8, "sampler": 0.3}
+    keys = jax.random.split(jax.random.key(0), NUM_DRAWS)
+    _, samples, _, effective = jax.jit(jax.vmap(sample, (None, 0)))(params, keys)
+    return np.mean(samples.refined < 0), np.asarray(effective)
+
+
+@pytest.mark.parametrize("num_proposals", [1, 2, 4, 32])
+def test_several_proposals_carry_masses_between_far_modes(num_proposals, x64):
+    share, effective = left_share(num_proposals)
+    expected = expected_left_share(num_proposals, 0.3, 0.3, 0.8)
+    # Of a share of so many draws, five standard errors.
+    assert abs(share - expected) < 5 * np.sqrt(0.25 / NUM_DRAWS)
+    assert np.all(effective >= 1 / num_proposals - 1e-9)
+    assert np.all(effective <= 1 + 1e-9)
+
+
+def test_a_density_that_is_not_the_samplers_shows(x64):
+    share, _ = left_share(32, weighed=0.5)
+    assert abs(share - expected_left_share(32, 0.3, 0.3, 0.8)) > 0.1
+    assert abs(share - expected_left_share(32, 0.3, 0.5, 0.8)) < 5 * np.sqrt(0.25 / NUM_DRAWS)
+
+
+def test_proposals_that_weigh_the_same_are_all_effective(x64):
+    sample = refined_proposal(
+        lambda sampler, x: -log_prob(sampler, x),
+        propose,
+        DESCENT,
+        num_steps=1,
+        num_proposals=7,
+        log_prob=log_prob,
+    )
+    params = {"energy": PARAMS["sampler"], "sampler": PARAMS["sampler"]}
+    assert sample(params, jax.random.key(0))[3] == pytest.approx(1.0, rel=1e-12)
+
+
+def test_a_proposal_without_a_finite_weight_is_not_taken(x64):
+    def broken(mean, x):
+        return jnp.where(x[0] > 2.0, jnp.nan, energy_fn(mean, x))
+
+    sample = refined_proposal(
+        broken, propose, DESCENT, num_steps=1, num_proposals=16, log_prob=log_prob
+    )
+    keys = jax.random.split(jax.random.key(0), 100)
+    _, samples, _, effective = jax.vmap(sample, (None, 0))(PARAMS, keys)
+    assert np.all(samples.proposal[:, 0] <= 2.0)  # half of the proposals are beyond
+    assert np.all(np.isfinite(effective))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_steps": 0},
+        {"num_steps": 1, "sampler_weight": -1.0},
+        {"num_steps": 1, "num_proposals": 0},
+        {"num_steps": 1, "num_proposals": 2},
+    ],
+)
 def test_errors_name_the_value(options):
     name, value = list(options.items())[-1]
     with pytest.raises(ValueError, match=f"{name} is {value}"):

@@ -392,7 +392,7 @@ def _flow_contrastive(config: Any, frame: Frame) -> Method:
 
 
 def _cooperative(config: Any, frame: Frame) -> Method:
-    """A flow proposes, short chains refine, each learns of the other; draws are theirs together."""
+    """A flow proposes, the energy chooses, short chains refine; draws are theirs together."""
     init, energy_fn = _plain_energy(config, frame)
     flow = _flow(config, frame)
     of_all = lambda params, x: energy_fn(params["energy"], x)  # noqa: E731

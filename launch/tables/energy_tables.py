@@ -135,7 +135,7 @@ _LARGEST_KL: dict[str, dict[str, float]] = {
         "noise_contrastive": 0.02,
         "conditional_noise_contrastive": 0.02,
         "flow_contrastive": 0.1,
-        "cooperative": 0.4,
+        "cooperative": 0.02,
     },
     "two_moons": dict.fromkeys(OBJECTIVES_2D, 0.1),
     "pinwheel": {
@@ -145,7 +145,7 @@ _LARGEST_KL: dict[str, dict[str, float]] = {
         "recovery_likelihood": 0.12,
         "noise_contrastive": 0.03,
         "conditional_noise_contrastive": 0.06,
-        "cooperative": 0.2,
+        "cooperative": 0.05,
     },
     "checkerboard": {objective: 0.2 for objective in OBJECTIVES_2D if objective != "short_run"},
     "rings": {
@@ -156,6 +156,7 @@ _LARGEST_KL: dict[str, dict[str, float]] = {
         "noise_contrastive": 0.03,
         "conditional_noise_contrastive": 0.03,
         "flow_contrastive": 0.06,
+        "cooperative": 0.04,
     },
 }
 

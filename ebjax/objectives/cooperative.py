@@ -28,6 +28,7 @@ import jax.numpy as jnp
 
 from ebjax.objectives.regularizers import Regularizer, mean_penalty
 from ebjax.samplers.run import run_chain
+from ebjax.samplers.smc.resampling import effective_sample_size
 from ebjax.types import EnergyFn, Kernel, Objective, Params, Position
 
 __all__ = ["CooperativeSamples", "cooperative", "refined_proposal"]
@@ -88,8 +89,7 @@ def refined_proposal(
         log_weights = -energies - densities
         # A proposal that has no finite weight is taken only where none has one.
         log_weights = jnp.where(jnp.isfinite(log_weights), log_weights, -1e30)
-        weights = jax.nn.softmax(log_weights)
-        share = 1.0 / (num_proposals * jnp.sum(weights**2))
+        share = effective_sample_size(log_weights) / num_proposals
         one = jax.random.categorical(choice_key, log_weights)
         return keys[one], jax.tree.map(lambda x: x[one], proposals), share
 

@@ -44,6 +44,7 @@ _MOST_TRAINING_IMAGES, _MOST_LABELLED_IMAGES, _MOST_HELD_OUT_IMAGES = 20_000, 40
 class ImagesConfig(ImageFileConfig):
     """Settings of the images run."""
 
+    label_key: str = setting("", "name of the labels in an .npz; figures use them, training not")
     stream: bool = setting(False, "read images from disk as they are used (.npy, IDX)")
     data_noise: float = setting(0.04, "pcd: standard deviation of noise on the data")
     objective: str = setting("pcd", f"how the energy is learned: {' or '.join(OBJECTIVES)}")

@@ -118,7 +118,8 @@ def make_update(
             state.params, state.carry, keys, batch
         )
         metrics = {"loss": loss, **metrics}
-        if axis_name is not None:
+        # On one device XLA would still copy every gradient into the collective and out of it.
+        if axis_name is not None and jax.lax.axis_size(axis_name) > 1:
             gradient, metrics = jax.lax.pmean((gradient, metrics), axis_name)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         share = jnp.power(rollback_factor, state.rollbacks.astype(jnp.float32))

@@ -47,6 +47,8 @@ class DagsConfig(FlowConfig):
     # Log R of graphs spans hundreds of nats, and log Z follows the policy to the best of them.
     log_z_learning_rate: float = setting(1.0)
     estimates_log_z: bool = setting(True)
+    # For the same reason squares would be ruled by the worst graphs of a batch.
+    residual_loss: str = setting("huber")
     data_path: str = setting(
         "", "numbers [N, d], at most 15 columns, as CSV, .npz or .npy; '': drawn"
     )

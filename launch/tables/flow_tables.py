@@ -118,7 +118,7 @@ def _environments() -> Table:
             for objective in ("tb", "vargrad", "db", "subtb")
         ),
         ("jensen_shannon", "log_z_error"),
-        seeds=2,
+        seeds=3,
     )
 
 

@@ -47,7 +47,9 @@ class MaskedCategorical(NamedTuple):
         """[] log-probability of an action under the policy itself, without exploration."""
         if self.logits is None:
             return jnp.where(self.mask[action], -self._log_count(), -jnp.inf)
-        return self.log_probs()[action]
+        # A sum and not an index: the gradient of an index is a scatter, slow on every device.
+        is_it = jnp.arange(self.mask.shape[0]) == action
+        return jnp.sum(jnp.where(is_it, self.log_probs(), 0.0))
 
     def _log_count(self) -> jax.Array:
         """[] log of the number of allowed actions, 0 where there is none."""
@@ -63,13 +65,17 @@ class MaskedCategorical(NamedTuple):
         return (1.0 - self.epsilon) * own + self.epsilon * uniform
 
     def sample(self, key: jax.Array) -> jax.Array:
-        """[] int32, by inversion of the distribution function: one uniform number a draw.
+        """[] int32, by inversion of the distribution function: one uniform number a draw."""
+        return self.invert(jax.random.uniform(key, dtype=self.probs().dtype))
+
+    def invert(self, uniform: jax.Array) -> jax.Array:
+        """[] int32, what ``sample`` draws by a number in [0, 1).
 
         The first *allowed* action at which the distribution function exceeds the number, so that
         a forbidden one is never drawn, however a device rounds its sums; 0 where none is allowed.
         """
         cumulative = _running_sum(self.probs())
-        threshold = jax.random.uniform(key, dtype=cumulative.dtype) * cumulative[-1]
+        threshold = uniform.astype(cumulative.dtype) * cumulative[-1]
         places = jnp.arange(self.mask.shape[0], dtype=jnp.int32)
         beyond = jnp.where(self.mask & (cumulative > threshold), places, len(places))
         last_allowed = jnp.max(jnp.where(self.mask, places, 0))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from ebjax.parallel import on_accelerator
 from ebjax.types import Params, PyTree
+from gflownet.distributions import MaskedCategorical
 from gflownet.types import Environment, Policy, State, Trajectories
 
 __all__ = ["backward_rollout", "forward_rollout"]
@@ -81,6 +82,26 @@ class _Lanes(NamedTuple):
     goes_on: jax.Array
 
 
+class _Noise(NamedTuple):
+    """What the action of a step is drawn from.
+
+    Numbers are drawn for all steps at once: a draw of its own in every step would cost as much as
+    the rest of a small one. Where nothing reads the one or the other, it is not computed.
+
+    Attributes:
+      key: for laws that need one.
+      uniform: in [0, 1), what ``jax.random.uniform(key)`` gives, for actions by number.
+    """
+
+    key: jax.Array
+    uniform: jax.Array
+
+
+def _draw(law, noise: _Noise) -> PyTree:
+    is_by_number = isinstance(law, MaskedCategorical)
+    return law.invert(noise.uniform) if is_by_number else law.sample(noise.key)
+
+
 def _write(buffers: PyTree, row: PyTree, t: jax.Array) -> PyTree:
     return jax.tree.map(
         lambda buffer, value: jax.lax.dynamic_update_slice(
@@ -98,7 +119,7 @@ def _roll(keys, environment: Environment, start, transition, *, extra_step: bool
       keys: [B].
       environment: for its length.
       start: [B, ...] states.
-      transition: ``(key, state, last action, is first step) -> _Step`` for one trajectory.
+      transition: ``(noise, state, last action, is first step) -> _Step`` for one trajectory.
       extra_step: whether one more evaluation follows the last action.
 
     Returns:
@@ -107,13 +128,14 @@ def _roll(keys, environment: Environment, start, transition, *, extra_step: bool
     """
     length, batch_size = environment.max_length, keys.shape[0]
     step_keys = jax.vmap(lambda key: jax.random.split(key, length + 1), out_axes=1)(keys)
+    noise = _Noise(step_keys, jax.vmap(jax.vmap(jax.random.uniform))(step_keys))
     num_looks = -(-(length + 1) // STEPS_A_LOOK) if on_accelerator() else length + 1
     steps_a_look = -(-(length + 1) // num_looks)
     rows = num_looks * steps_a_look  # the last may be of no step
     shape = (rows, batch_size)
 
-    def take_step(keys, lanes, is_first):
-        return jax.vmap(transition, (0, 0, 0, None))(keys, lanes.state, lanes.action, is_first)
+    def take_step(noise, lanes, is_first):
+        return jax.vmap(transition, (0, 0, 0, None))(noise, lanes.state, lanes.action, is_first)
 
     lanes = _Lanes(
         trajectory=jnp.arange(batch_size),
@@ -122,7 +144,8 @@ def _roll(keys, environment: Environment, start, transition, *, extra_step: bool
         moved=jnp.zeros(batch_size, bool),
         goes_on=jnp.ones(batch_size, bool),
     )
-    flow = jax.eval_shape(take_step, step_keys[0], lanes, jnp.asarray(True)).log_flow
+    first = jax.tree.map(lambda leaf: leaf[0], noise)
+    flow = jax.eval_shape(take_step, first, lanes, jnp.asarray(True)).log_flow
     buffers = _Buffers(
         states=jax.tree.map(lambda leaf: jnp.zeros((rows, *leaf.shape), leaf.dtype), start),
         actions=environment.action(jnp.zeros(shape, jnp.int32)),
@@ -133,10 +156,10 @@ def _roll(keys, environment: Environment, start, transition, *, extra_step: bool
         log_flow=None if flow is None else jnp.zeros(shape, flow.dtype),
     )
 
-    def advance(_, loop):
-        t, lanes, step_keys, buffers = loop
-        keys = step_keys[jnp.minimum(t, length), : len(lanes.moved)]
-        step = take_step(keys, lanes, t == 0)
+    def advance(noise, loop):
+        t, lanes, buffers = loop
+        own = jax.tree.map(lambda leaf: leaf[jnp.minimum(t, length), : len(lanes.moved)], noise)
+        step = take_step(own, lanes, t == 0)
         moves = step.moves
         row = _Buffers(
             states=lanes.state,
@@ -150,12 +173,7 @@ def _roll(keys, environment: Environment, start, transition, *, extra_step: bool
         states = _select(moves, step.state, lanes.state)
         goes_on = moves if extra_step else moves & jax.vmap(can_move)(states)
         lanes = _Lanes(lanes.trajectory, states, step.action, moves, goes_on)
-        return t + 1, lanes, step_keys, _write(buffers, row, t)
-
-    def body(loop):
-        if steps_a_look == 1:
-            return advance(0, loop)
-        return jax.lax.fori_loop(0, steps_a_look, advance, loop)
+        return t + 1, lanes, _write(buffers, row, t)
 
     def can_move(state):
         return environment.forward_mask(state).any()
@@ -167,19 +185,22 @@ def _roll(keys, environment: Environment, start, transition, *, extra_step: bool
         if size < batch_size:
             order = jnp.argsort(~lanes.goes_on, stable=True)
             lanes = _take(lanes, order, axis=0)
-            step_keys, buffers = _take((step_keys, buffers), order, axis=1)
+            noise, buffers = _take((noise, buffers), order, axis=1)
         working, waiting = (
             _take(lanes, slice(size), axis=0),
             _take(lanes, slice(size, None), axis=0),
         )
 
         def has_work(loop, next_size=next_size):
-            t, lanes, _, _ = loop
+            t, lanes, _ = loop
             return (lanes.goes_on.sum() > next_size) & (t < rows)
 
-        t, working, step_keys, buffers = jax.lax.while_loop(
-            has_work, body, (t, working, step_keys, buffers)
-        )
+        def take_steps(loop, noise=noise):
+            if steps_a_look == 1:
+                return advance(noise, loop)
+            return jax.lax.fori_loop(0, steps_a_look, lambda _, loop: advance(noise, loop), loop)
+
+        t, working, buffers = jax.lax.while_loop(has_work, take_steps, (t, working, buffers))
         lanes = jax.tree.map(lambda *parts: jnp.concatenate(parts), working, waiting)
     if len(sizes) > 1:
         back = jnp.argsort(lanes.trajectory)
@@ -244,13 +265,15 @@ def forward_rollout(
         start = jax.vmap(environment.initial)(keys)
     params, reward_params = jax.lax.stop_gradient((params, reward_params))
 
-    def transition(key, state, last_action, is_first):
+    def transition(noise, state, last_action, is_first):
         forward_mask = environment.forward_mask(state)
         output = policy.apply(
             params, environment.observe(state), forward_mask, environment.backward_mask(state)
         )
         moves = forward_mask.any()
-        action = _select(moves, output.forward.explore(epsilon).sample(key), environment.action(0))
+        action = _select(
+            moves, _draw(output.forward.explore(epsilon), noise), environment.action(0)
+        )
         is_choice = (moves & ~output.forward.is_certain()) | (
             ~is_first & ~output.backward.is_certain()
         )
@@ -315,13 +338,13 @@ def backward_rollout(
     """
     params, reward_params = jax.lax.stop_gradient((params, reward_params))
 
-    def transition(key, state, last_action, is_first):
+    def transition(noise, state, last_action, is_first):
         backward_mask = environment.backward_mask(state)
         output = policy.apply(
             params, environment.observe(state), environment.forward_mask(state), backward_mask
         )
         moves = backward_mask.any()
-        action = _select(moves, output.backward.sample(key), environment.action(0))
+        action = _select(moves, _draw(output.backward, noise), environment.action(0))
         is_choice = (moves & ~output.backward.is_certain()) | (
             ~is_first & ~output.forward.is_certain()
         )

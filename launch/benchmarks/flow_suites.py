@@ -22,7 +22,7 @@ def _gflownet_hypergrid() -> Suite:
         "short": {"gflownet": -0.75, "gfnx": -0.7, "torchgfn": -0.7},
         "long": {"gflownet": -2.35, "gfnx": -2.35, "torchgfn": -2.45},
     }
-    bars = {"short": {"gfnx": 4.0, "torchgfn": 7.0}, "long": {"gfnx": 2.0}}
+    bars = {"short": {"gfnx": 6.0, "torchgfn": 10.0}, "long": {"gfnx": 2.5}}
     workloads = {
         "gflownet": ("own", "flow_hypergrid", {"short": 1000, "long": 400}),
         "gfnx": ("flow_peers", "gfnx_hypergrid", {"short": 150, "long": 150}),

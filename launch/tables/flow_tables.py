@@ -107,8 +107,8 @@ def _environments() -> Table:
     sizes: dict[str, dict[str, Any]] = {
         "hypergrid": {"dim": 4, "side": 6, "reward_floor": 0.1, "num_steps": 2000},
         "dags": {"num_steps": 2000},
-        "phylogeny": {"num_steps": 1000},
-        "continuous": {"num_steps": 1000},
+        "phylogeny": {"num_steps": 3000},
+        "continuous": {"num_steps": 3000},
     }
     return Table(
         "Objectives by environments: Jensen-Shannon divergence of the flow from its target",
@@ -119,6 +119,14 @@ def _environments() -> Table:
         ),
         ("jensen_shannon", "log_z_error"),
         seeds=3,
+        bars=(
+            Bar("hypergrid-tb", "jensen_shannon", high=0.005),
+            Bar("dags-tb", "jensen_shannon", high=0.02),
+            Bar("dags-tb", "log_z_error", low=-0.1, high=0.1),
+            Bar("phylogeny-tb", "jensen_shannon", high=0.02),
+            Bar("continuous-tb", "jensen_shannon", high=0.02),
+            Bar("continuous-tb", "log_z_error", low=-0.05, high=0.05),
+        ),
     )
 
 

@@ -47,7 +47,7 @@ class MaskedCategorical(NamedTuple):
         """[] log-probability of an action under the policy itself, without exploration."""
         if self.logits is None:
             return jnp.where(self.mask[action], -self._log_count(), -jnp.inf)
-        # A sum and not an index: the gradient of an index is a scatter, slow on every device.
+        # A sum and not an index: the gradient of an index is a scatter, which nothing fuses with.
         is_it = jnp.arange(self.mask.shape[0]) == action
         return jnp.sum(jnp.where(is_it, self.log_probs(), 0.0))
 

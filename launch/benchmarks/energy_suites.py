@@ -63,25 +63,35 @@ def _dispatch() -> Suite:
 
 
 def _rbm() -> Suite:
-    options = {
-        "num_visible": 784,
-        "num_hidden": 250,
-        "batch_size": 100,
-        "num_updates": 200,
-        "seed": 0,
-    }
+    """Batches of 100, which matrix products bound, and of 10, scikit-learn's own default."""
+    variants: list[Variant] = []
+    comparisons: list[Comparison] = []
+    for batch_size, updates in ((100, 200), (10, 1000)):
+        options = {
+            "num_visible": 784,
+            "num_hidden": 250,
+            "batch_size": batch_size,
+            "num_updates": updates,
+            "seed": 0,
+        }
+        for name, function, devices in (
+            ("ebjax", "ebjax_updates", 1),
+            ("ebjax-2-devices", "ebjax_updates", 2),
+            ("products-and-draws", "products_and_draws", 1),
+            ("sklearn", "sklearn_updates", 1),
+        ):
+            own = options | ({"num_devices": devices} if devices > 1 else {})
+            variants.append(Variant(f"{name}-{batch_size}", "rbm", function, own, updates, devices))
+        sklearn = f"sklearn-{batch_size}"
+        comparisons += [
+            Comparison(f"ebjax-{batch_size}", sklearn, 3.0),
+            Comparison(f"products-and-draws-{batch_size}", sklearn),
+        ]
     return Suite(
-        "Updates of a restricted Boltzmann machine, 784 x 250, PCD-1, batches of 100",
+        "Updates of a restricted Boltzmann machine, 784 x 250, PCD-1, batches of 100 and 10",
         "updates",
-        (
-            Variant("ebjax", "rbm", "ebjax_updates", options, 200),
-            Variant(
-                "ebjax-2-devices", "rbm", "ebjax_updates", options | {"num_devices": 2}, 200, 2
-            ),
-            Variant("products-and-draws", "rbm", "products_and_draws", options, 200),
-            Variant("sklearn", "rbm", "sklearn_updates", options, 200),
-        ),
-        (Comparison("ebjax", "sklearn", 3.0),),
+        tuple(variants),
+        tuple(comparisons),
     )
 
 

@@ -51,6 +51,19 @@ def test_frequencies(epsilon):
         assert fit(np.roll(expected[mask], 1)) < FIVE_SIGMA
 
 
+def test_a_draw_is_the_inverse_of_its_number():
+    law = MaskedCategorical(LOGITS, MASK)
+    keys = jax.random.split(jax.random.key(3), 100)
+    drawn = jax.vmap(law.sample)(keys)
+    numbers = jax.vmap(jax.random.uniform)(keys)
+    np.testing.assert_array_equal(jax.vmap(law.invert)(numbers), drawn)
+    assert len(np.unique(drawn)) > 2
+    below = np.cumsum(expected_probs(LOGITS, MASK, 0.0))
+    for number in (0.0, *(below[[0, 1, 3]] + 1e-5), 1.0 - 2.0**-24):
+        first = np.flatnonzero(np.asarray(MASK) & (below > number))
+        assert law.invert(jnp.float32(number)) == (first[0] if len(first) else SIZE - 1)
+
+
 extreme = st.one_of(st.floats(-5, 5), st.sampled_from([-1e30, -1e4, -100.0, 100.0, 1e4, 1e30]))
 
 

@@ -88,22 +88,24 @@ def _gflownet_small_grid() -> Suite:
 
 
 def _gflownet_time_to_law() -> Suite:
-    options = {
-        "dim": 2,
-        "side": 8,
-        "num_trajectories": 16,
-        "seed": 0,
-        "total_variation": 0.05,
-        "updates_per_look": 50,
-    }
+    """A grid so small that compilation is most of the time, and one so large that it is not."""
+    rows = (
+        ("small", {"dim": 2, "side": 8, "total_variation": 0.05, "updates_per_look": 50}),
+        ("large", {"dim": 4, "side": 20, "total_variation": 0.1, "updates_per_look": 1000}),
+    )
+    peers = (("gflownet", "own", "time_to_law"), ("gfnx", "flow_peers", "gfnx_time_to_law"))
     return Suite(
-        "From nothing to a total variation of 0.05, hypergrid 2-D side 8, compilation included",
+        "From nothing to a total variation, compilation included: hypergrid 2-D side 8 to 0.05 "
+        "(small), 4-D side 20 to 0.1 (large)",
         "runs",
-        (
-            Variant("gflownet", "own", "time_to_law", options, 1),
-            Variant("gfnx", "flow_peers", "gfnx_time_to_law", options, 1),
+        tuple(
+            Variant(
+                f"{name}-{size}", module, function, {"num_trajectories": 16, "seed": 0, **row}, 1
+            )
+            for size, row in rows
+            for name, module, function in peers
         ),
-        (Comparison("gflownet", "gfnx", 2.0),),
+        tuple(Comparison(f"gflownet-{size}", f"gfnx-{size}", 2.0) for size, _ in rows),
     )
 
 

@@ -107,7 +107,7 @@ def _environments() -> Table:
     sizes: dict[str, dict[str, Any]] = {
         "hypergrid": {"dim": 4, "side": 6, "reward_floor": 0.1, "num_steps": 2000},
         "dags": {"num_steps": 2000},
-        "phylogeny": {"num_steps": 3000},
+        "phylogeny": {"num_steps": 1000},
         "continuous": {"num_steps": 3000},
     }
     return Table(

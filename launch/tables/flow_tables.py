@@ -124,8 +124,8 @@ def _environments() -> Table:
             Bar("dags-tb", "jensen_shannon", high=0.02),
             Bar("dags-tb", "log_z_error", low=-0.1, high=0.1),
             Bar("phylogeny-tb", "jensen_shannon", high=0.02),
-            Bar("continuous-tb", "jensen_shannon", high=0.02),
-            Bar("continuous-tb", "log_z_error", low=-0.05, high=0.05),
+            Bar("continuous-subtb", "jensen_shannon", high=0.02),
+            Bar("continuous-subtb", "log_z_error", low=-0.05, high=0.05),
         ),
     )
 

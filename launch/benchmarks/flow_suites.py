@@ -119,7 +119,7 @@ def _gflownet_tasks() -> Suite:
     }
     bars = {"tfbind8": 1.5, "ising": 1.5, "dag": 1.5, "bits": 1.3}
     # States that the gradient pass takes at a time where 128, as elsewhere, is not the fastest.
-    chunks = {"ising": {"chunk_size": 400}, "bits": {"chunk_size": 256}}
+    chunks = {"ising": 400, "bits": 256}
     lengths = {"tfbind8": 8, "ising": 100, "dag": 6, "bits": 15}
     variants = []
     for task, counts in updates.items():
@@ -128,7 +128,7 @@ def _gflownet_tasks() -> Suite:
         ):
             options = {"task": task, "num_trajectories": 16, "num_updates": count}
             if name == "gflownet":
-                options |= chunks.get(task, {})
+                options["chunk_size"] = chunks.get(task, 128)
             variants.append(Variant(f"{name}-{task}", "flow_tasks", function, options, count))
         variants.append(
             _products(f"products-{task}", "task_products", lengths[task], counts[0], task=task)

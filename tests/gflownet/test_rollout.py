@@ -416,7 +416,7 @@ def test_backward_path_frequencies():
     assert chi_square(counts, [law[0], law[2], law[1]]) < FIVE_SIGMA
 
 
-@pytest.mark.parametrize("how", ["all_lanes", "few_looks", "one_look"])
+@pytest.mark.parametrize("how", ["by_key", "all_lanes", "few_looks", "one_look"])
 @pytest.mark.parametrize("roll", [forward_rollout, backward_rollout])
 def test_the_way_of_the_loop_draws_the_same(roll, how, monkeypatch):
     environment, policy = setting("hypergrid_2x5")
@@ -435,8 +435,12 @@ def test_the_way_of_the_loop_draws_the_same(roll, how, monkeypatch):
         )
 
     many = draw()
-    monkeypatch.setattr(rollout, "_lane_counts", lambda environment, size: [size])
-    if how != "all_lanes":
+    if how == "by_key":
+        # A number for each step at once, or one from the key of the step.
+        monkeypatch.setattr(rollout, "_draw", lambda law, noise: law.sample(noise.key))
+    else:
+        monkeypatch.setattr(rollout, "_lane_counts", lambda environment, size: [size])
+    if how in ("few_looks", "one_look"):
         monkeypatch.setattr(rollout, "on_accelerator", lambda: True)
     if how == "few_looks":
         monkeypatch.setattr(rollout, "STEPS_A_LOOK", 4)

@@ -15,6 +15,7 @@ Two backends give the same numbers:
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,7 +27,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ebjax.numerics import is_key
 from ebjax.types import PyTree
 
-__all__ = ["BACKENDS", "DataParallel", "data_parallel", "on_accelerator", "spread", "to_host"]
+__all__ = [
+    "BACKENDS",
+    "DataParallel",
+    "data_parallel",
+    "is_side_by_side",
+    "on_accelerator",
+    "side_by_side",
+    "spread",
+    "to_host",
+]
 
 AXIS_NAME = "devices"
 BACKENDS = ("pmap", "shard_map")
@@ -232,6 +242,30 @@ def on_accelerator() -> bool:
     device = jax.config.jax_default_device  # type: ignore[attr-defined]
     platform = jax.default_backend() if device is None else getattr(device, "platform", device)
     return platform != "cpu"
+
+
+_IS_SIDE_BY_SIDE = contextvars.ContextVar("is_side_by_side", default=False)
+
+
+def side_by_side(fn: Callable, in_axes: PyTree = 0) -> Callable:
+    """``jax.vmap(fn, in_axes)`` over whole runs, within which ``is_side_by_side()``."""
+
+    def marked(*args):
+        token = _IS_SIDE_BY_SIDE.set(True)
+        try:
+            return fn(*args)
+        finally:
+            _IS_SIDE_BY_SIDE.reset(token)
+
+    return jax.vmap(marked, in_axes)
+
+
+def is_side_by_side() -> bool:
+    """Whether what is traced now is one of several runs in one program.
+
+    Loops that end in one run and not in another then copy all that they carry at every step.
+    """
+    return _IS_SIDE_BY_SIDE.get()
 
 
 def to_host(tree: PyTree) -> PyTree:

@@ -51,6 +51,7 @@ def compact_map(
     needed: jax.Array,
     *,
     recorded: PyTree | None = None,
+    memory: tuple[PyTree, jax.Array] | None = None,
     like: PyTree | None = None,
     chunk_size: int,
 ) -> PyTree:
@@ -63,6 +64,8 @@ def compact_map(
       needed: [N] bool.
       recorded: the values [N], where they are known already (and are 0 where not needed); then
         the forward pass is skipped, and only the backward one evaluates ``fn``.
+      memory: ``(rows [M, ...], place [N])``, with ``recorded``: a third argument of ``fn``, the row
+        at the place of the item. Rows get no gradient.
       like: the tree of scalars that ``fn`` returns, needed where nothing is recorded.
       chunk_size: items evaluated at a time, on an accelerator at least 1,024.
 
@@ -88,7 +91,7 @@ def compact_map(
 
         recorded = _over_chunks(body, values, order, count, chunk_size)
     recorded = jax.lax.stop_gradient(recorded)
-    return _with_gradient(fn, chunk_size, params, (items, order, count), recorded)
+    return _with_gradient(fn, chunk_size, params, (items, memory, order, count), recorded)
 
 
 def _over_chunks(body, init, order, count, chunk_size: int):
@@ -123,13 +126,17 @@ def _forward(fn, chunk_size, params, work, values):
 
 
 def _backward(fn, chunk_size, residuals, cotangents):
-    params, (items, order, count) = residuals
+    params, (items, memory, order, count) = residuals
 
     def body(i, gradient):
         index, is_real = _chunk(order, count, i, chunk_size)
-        chunk_items = _take(items, index)
+        inputs = [_take(items, index)]
+        if memory is not None:
+            rows, place = memory
+            inputs.append(_take(rows, place[index]))
+        in_axes = (None, *[0] * len(inputs))
         chunk_cotangents = jax.tree.map(lambda leaf: jnp.where(is_real, leaf[index], 0), cotangents)
-        _, pullback = jax.vjp(lambda p: jax.vmap(fn, (None, 0))(p, chunk_items), params)
+        _, pullback = jax.vjp(lambda p: jax.vmap(fn, in_axes)(p, *inputs), params)
         return jax.tree.map(jnp.add, gradient, pullback(chunk_cotangents)[0])
 
     zeros = jax.tree.map(jnp.zeros_like, params)

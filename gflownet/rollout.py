@@ -7,6 +7,7 @@ accelerator, on which a step that nobody needs costs less than the question, ask
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 from ebjax.parallel import on_accelerator
 from ebjax.types import Params, PyTree
 from gflownet.distributions import MaskedCategorical
-from gflownet.types import Environment, Policy, State, Trajectories
+from gflownet.remembering import remembered
+from gflownet.types import Environment, Memory, Policy, State, Trajectories
 
 __all__ = ["backward_rollout", "forward_rollout"]
 
@@ -26,6 +28,8 @@ __all__ = ["backward_rollout", "forward_rollout"]
 MIN_LANES = 4
 MAX_PHASES = 3
 MIN_LENGTH = 32
+# Outputs of layers that are kept are at most so many bytes, or else none are.
+MAX_LOG_BYTES = 2**28
 # On an accelerator, steps between two questions whether any lane goes on.
 STEPS_A_LOOK = 16
 
@@ -41,6 +45,7 @@ class _Step(NamedTuple):
       last: [] log-probability of the action before, in the other direction.
       is_choice: [] bool, whether one of the two was one of several possible.
       log_flow: [] of the state that the step starts from, or ``None``.
+      outputs: of the policy's layers there, as far as they are kept.
     """
 
     moves: jax.Array
@@ -50,10 +55,11 @@ class _Step(NamedTuple):
     last: jax.Array
     is_choice: jax.Array
     log_flow: jax.Array | None
+    outputs: tuple[jax.Array, ...] = ()
 
 
 class _Buffers(NamedTuple):
-    """What a rollout writes, one row a time step."""
+    """What a rollout writes, one row a time step; ``row`` is where in the ``_Log`` a lane is."""
 
     states: State
     actions: PyTree
@@ -62,6 +68,19 @@ class _Buffers(NamedTuple):
     here: jax.Array
     last: jax.Array
     log_flow: jax.Array | None
+    row: jax.Array
+
+
+class _Log(NamedTuple):
+    """Outputs of layers, a row an evaluation; sorting lanes leaves them where they are.
+
+    Attributes:
+      outputs: [N, ...].
+      num_rows: [] int32, those written.
+    """
+
+    outputs: tuple[jax.Array, ...]
+    num_rows: jax.Array
 
 
 class _Lanes(NamedTuple):
@@ -102,13 +121,14 @@ def _draw(law, noise: _Noise) -> PyTree:
     return law.invert(noise.uniform) if is_by_number else law.sample(noise.key)
 
 
-def _write(buffers: PyTree, row: PyTree, t: jax.Array) -> PyTree:
+def _write(buffers: PyTree, rows: PyTree, t: jax.Array) -> PyTree:
+    """``rows`` [n, ...] at the rows from ``t`` on."""
     return jax.tree.map(
-        lambda buffer, value: jax.lax.dynamic_update_slice(
-            buffer, value.astype(buffer.dtype)[None], (t,) + (jnp.zeros_like(t),) * value.ndim
+        lambda buffer, value: jax.lax.dynamic_update_slice_in_dim(
+            buffer, value.astype(buffer.dtype), t, axis=0
         ),
         buffers,
-        row,
+        rows,
     )
 
 
@@ -123,7 +143,7 @@ def _roll(keys, environment: Environment, start, transition, *, extra_step: bool
       extra_step: whether one more evaluation follows the last action.
 
     Returns:
-      ``(final states, buffers)``; row t of the buffers belongs to step t, ``here`` is the
+      ``(final states, buffers, log)``; row t of the buffers belongs to step t, ``here`` is the
       log-probability of the action taken at t and ``last`` that of the one before.
     """
     length, batch_size = environment.max_length, keys.shape[0]
@@ -145,7 +165,9 @@ def _roll(keys, environment: Environment, start, transition, *, extra_step: bool
         goes_on=jnp.ones(batch_size, bool),
     )
     first = jax.tree.map(lambda leaf: leaf[0], noise)
-    flow = jax.eval_shape(take_step, first, lanes, jnp.asarray(True)).log_flow
+    shapes = jax.eval_shape(take_step, first, lanes, jnp.asarray(True))
+    flow = shapes.log_flow
+    log = _empty_log(shapes.outputs, rows)
     buffers = _Buffers(
         states=jax.tree.map(lambda leaf: jnp.zeros((rows, *leaf.shape), leaf.dtype), start),
         actions=environment.action(jnp.zeros(shape, jnp.int32)),
@@ -154,10 +176,11 @@ def _roll(keys, environment: Environment, start, transition, *, extra_step: bool
         here=jnp.zeros(shape),
         last=jnp.zeros(shape),
         log_flow=None if flow is None else jnp.zeros(shape, flow.dtype),
+        row=jnp.zeros(shape, jnp.int32),
     )
 
     def advance(noise, loop):
-        t, lanes, buffers = loop
+        t, lanes, buffers, log = loop
         own = jax.tree.map(lambda leaf: leaf[jnp.minimum(t, length), : len(lanes.moved)], noise)
         step = take_step(own, lanes, t == 0)
         moves = step.moves
@@ -169,11 +192,14 @@ def _roll(keys, environment: Environment, start, transition, *, extra_step: bool
             here=jnp.where(moves, step.here, 0.0),
             last=jnp.where(lanes.moved, step.last, 0.0),
             log_flow=step.log_flow,
+            row=log.num_rows + jnp.arange(len(moves)),
         )
+        outputs = step.outputs[: len(log.outputs)]
+        log = _Log(_write(log.outputs, outputs, log.num_rows), log.num_rows + len(moves))
         states = _select(moves, step.state, lanes.state)
         goes_on = moves if extra_step else moves & jax.vmap(can_move)(states)
         lanes = _Lanes(lanes.trajectory, states, step.action, moves, goes_on)
-        return t + 1, lanes, _write(buffers, row, t)
+        return t + 1, lanes, _write(buffers, jax.tree.map(lambda leaf: leaf[None], row), t), log
 
     def can_move(state):
         return environment.forward_mask(state).any()
@@ -192,7 +218,7 @@ def _roll(keys, environment: Environment, start, transition, *, extra_step: bool
         )
 
         def has_work(loop, next_size=next_size):
-            t, lanes, _ = loop
+            t, lanes, *_ = loop
             return (lanes.goes_on.sum() > next_size) & (t < rows)
 
         def take_steps(loop, noise=noise):
@@ -200,16 +226,26 @@ def _roll(keys, environment: Environment, start, transition, *, extra_step: bool
                 return advance(noise, loop)
             return jax.lax.fori_loop(0, steps_a_look, lambda _, loop: advance(noise, loop), loop)
 
-        t, working, buffers = jax.lax.while_loop(has_work, take_steps, (t, working, buffers))
+        loop = (t, working, buffers, log)
+        t, working, buffers, log = jax.lax.while_loop(has_work, take_steps, loop)
         lanes = jax.tree.map(lambda *parts: jnp.concatenate(parts), working, waiting)
     if len(sizes) > 1:
         back = jnp.argsort(lanes.trajectory)
         lanes, buffers = _take(lanes, back, axis=0), _take(buffers, back, axis=1)
-    return lanes.state, _take(buffers, slice(length + 1), axis=0)
+    return lanes.state, _take(buffers, slice(length + 1), axis=0), log
 
 
 def _take(tree: PyTree, index, *, axis: int) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[(slice(None),) * axis + (index,)], tree)
+
+
+def _empty_log(outputs: PyTree, rows: int) -> _Log:
+    """Room for ``rows`` times the outputs of all lanes, or none where that is too much."""
+    size = rows * sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in outputs)
+    if size > MAX_LOG_BYTES:
+        outputs = ()
+    room = [jnp.zeros((rows * leaf.shape[0], *leaf.shape[1:]), leaf.dtype) for leaf in outputs]
+    return _Log(tuple(room), jnp.zeros((), jnp.int32))
 
 
 def _lane_counts(environment: Environment, batch_size: int) -> list[int]:
@@ -245,6 +281,7 @@ def forward_rollout(
     epsilon: jax.Array | float = 0.0,
     reward_params: Params = (),
     start: State | None = None,
+    remember: bool = False,
 ) -> Trajectories:
     """Samples trajectories from the source by P_F, mixed with uniform exploration.
 
@@ -257,6 +294,8 @@ def forward_rollout(
         of the policy itself.
       reward_params: the first argument of ``environment.log_reward``.
       start: [B, ...] sources, drawn from ``keys`` by default.
+      remember: whether to keep what the policy's layers put out (``Trajectories.memory``), for a
+        policy of which that can be kept.
 
     Returns:
       ``Trajectories``, no part of which carries gradient.
@@ -267,9 +306,12 @@ def forward_rollout(
 
     def transition(noise, state, last_action, is_first):
         forward_mask = environment.forward_mask(state)
-        output = policy.apply(
-            params, environment.observe(state), forward_mask, environment.backward_mask(state)
-        )
+        inputs = (environment.observe(state), forward_mask, environment.backward_mask(state))
+        outputs: tuple[jax.Array, ...] = ()
+        if remember:
+            output, outputs = remembered(policy.apply, params, *inputs)
+        else:
+            output = policy.apply(params, *inputs)
         moves = forward_mask.any()
         action = _select(
             moves, _draw(output.forward.explore(epsilon), noise), environment.action(0)
@@ -285,10 +327,11 @@ def forward_rollout(
             output.backward.log_prob(last_action),
             is_choice,
             output.log_flow,
+            outputs,
         )
 
     # P_B of the last step is told by the state after it, unless it undoes a stop: then it is 1.
-    final, buffers = _roll(
+    final, buffers, log = _roll(
         keys,
         environment,
         start,
@@ -310,6 +353,7 @@ def forward_rollout(
         terminal=final,
         log_reward=jax.vmap(environment.log_reward, (None, 0))(reward_params, final),
         log_flow=_where_left(buffers.log_flow, buffers.valid),
+        memory=Memory(log.outputs, buffers.row) if log.outputs else None,
     )
     return jax.lax.stop_gradient(trajectories)
 
@@ -359,7 +403,7 @@ def backward_rollout(
         )
 
     # The last evaluation, at the source, tells P_F of the first action.
-    final, buffers = _roll(keys, environment, terminal, transition, extra_step=True)
+    final, buffers, _ = _roll(keys, environment, terminal, transition, extra_step=True)
     length = buffers.valid.sum(axis=0)
     rows = jnp.arange(environment.max_length + 1)[:, None]
 

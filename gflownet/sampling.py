@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ebjax.parallel import is_side_by_side
 from ebjax.types import Params, PyTree
 from gflownet.exploration import exploring_policy
 from gflownet.rollout import backward_rollout, forward_rollout
@@ -69,6 +70,7 @@ def forward_sampler(
     stop_bias: Schedule | float = 0.0,
     reward_params: Params = (),
     group_size: int = 1,
+    remember: bool = True,
 ) -> TrajectorySampler:
     """New trajectories by P_F, tempered and mixed with uniform exploration.
 
@@ -81,6 +83,8 @@ def forward_sampler(
       reward_params: the reward's parameters.
       group_size: so many consecutive trajectories start from the same source; what
         ``environment.initial`` draws (a condition, a problem) is then common to them.
+      remember: whether outputs of layers are kept for the gradient, where the policy's may be and
+        updates are not those of several runs side by side.
 
     Returns:
       A ``TrajectorySampler`` whose carry counts the updates of each slot. Metric: ``epsilon``.
@@ -123,6 +127,7 @@ def forward_sampler(
             epsilon=share,
             reward_params=reward_params,
             start=start,
+            remember=remember and policy.remembers and not is_side_by_side(),
         )
         return trajectories, carry + 1, {"epsilon": share}
 
@@ -297,8 +302,10 @@ def join_slots(parts: Sequence[PyTree], counts: Sequence[int], axis: int = 0) ->
     return jax.tree.map(joined, *parts)
 
 
-# The trajectory axis of the fields of Trajectories: time-major ones have it second.
+# The trajectory axis of the fields of Trajectories: time-major ones have it second. What can be
+# recalled has none, and is left out.
 _BATCH_FIRST = ("terminal", "log_reward")
+_FIELDS = tuple(name for name in Trajectories._fields if name != "memory")
 
 
 def map_trajectories(fn: Callable[[jax.Array, int], jax.Array], trajectories: Trajectories):
@@ -309,7 +316,7 @@ def map_trajectories(fn: Callable[[jax.Array, int], jax.Array], trajectories: Tr
                 lambda leaf, axis=0 if name in _BATCH_FIRST else 1: fn(leaf, axis),
                 getattr(trajectories, name),
             )
-            for name in Trajectories._fields
+            for name in _FIELDS
         }
     )
 
@@ -318,7 +325,7 @@ def split_trajectories(trajectories: Trajectories, counts: Sequence[int]) -> lis
     """``split_slots`` of trajectories."""
     fields = {
         name: split_slots(getattr(trajectories, name), counts, 0 if name in _BATCH_FIRST else 1)
-        for name in Trajectories._fields
+        for name in _FIELDS
     }
     return [
         Trajectories(**{name: parts[i] for name, parts in fields.items()})
@@ -333,7 +340,7 @@ def join_trajectories(parts: Sequence[Trajectories], counts: Sequence[int]) -> T
             name: join_slots(
                 [getattr(part, name) for part in parts], counts, 0 if name in _BATCH_FIRST else 1
             )
-            for name in Trajectories._fields
+            for name in _FIELDS
         }
     )
 

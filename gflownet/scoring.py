@@ -4,11 +4,12 @@ Scoring gathers the visited states of all trajectories into chunks of a fixed si
 many chunks as there are; a batch whose trajectories are short costs little, and one compiled
 program serves all lengths. States of which nothing is asked (no choice to score, no flow) are not
 evaluated. Where trajectories were drawn under the same parameters, what they recorded are the
-values, and only the gradient is computed.
+values, and only the gradient is computed, from what the layers put out then if that was kept.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 
 from ebjax.types import Params, PyTree
 from gflownet.compaction import compact_map
+from gflownet.remembering import recalled
 from gflownet.types import Environment, Policy, PolicyOutput, State, Trajectories
 
 __all__ = ["Scores", "at_states", "score"]
@@ -120,9 +122,10 @@ def score(
     items = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), items)
     shape = trajectories.is_choice.shape
 
-    def score_state(params, item):
+    def score_state(params, item, *memory):
         state = item["state"]
-        output = policy.apply(
+        apply = functools.partial(recalled, policy.apply, *memory) if memory else policy.apply
+        output = apply(
             params,
             environment.observe(state),
             environment.forward_mask(state),
@@ -141,7 +144,7 @@ def score(
             values.append(jnp.where(item["is_left"], log_stop, 0.0))
         return tuple(values)
 
-    recorded = None
+    recorded, memory = None, None
     if is_on_policy and not with_stop:
         zeros = jnp.zeros_like(trajectories.log_pf[:1])
         values = [
@@ -151,6 +154,8 @@ def score(
         if with_flow:
             values.append(_log_flow(trajectories))
         recorded = tuple(value.reshape(-1) for value in values)
+        if trajectories.memory is not None:
+            memory = trajectories.memory.outputs, trajectories.memory.row.reshape(-1)
     needed = trajectories.is_choice | is_left if with_flow or with_stop else trajectories.is_choice
     dtypes = [trajectories.log_pf.dtype, trajectories.log_pb.dtype]
     dtypes += [trajectories.log_pf.dtype] * (with_flow + with_stop)
@@ -160,6 +165,7 @@ def score(
         items,
         needed.reshape(-1),
         recorded=recorded,
+        memory=memory,
         like=tuple(dtype.type(0) for dtype in dtypes),
         chunk_size=chunk_size,
     )

@@ -39,6 +39,7 @@ __all__ = [
     "ChartedObservation",
     "Distribution",
     "Environment",
+    "Memory",
     "Observation",
     "Policy",
     "PolicyOutput",
@@ -182,10 +183,25 @@ class Policy(NamedTuple):
       init: ``(key, observation) -> params``.
       apply: ``(params, observation, forward_mask, backward_mask) -> PolicyOutput`` for one state.
         What a caller does not use is not computed.
+      remembers: whether the outputs of its dense layers may be kept by a rollout for the gradient;
+        ``gflownet.remembering`` says of which functions.
     """
 
     init: Callable[[jax.Array, Observation], Params]
     apply: Callable[[Params, Observation, jax.Array, jax.Array], PolicyOutput]
+    remembers: bool = False
+
+
+class Memory(NamedTuple):
+    """What the layers of a policy put out at the states of trajectories.
+
+    Attributes:
+      outputs: [N, ...] a layer, rows in the order in which they were computed.
+      row: [T + 1, B] int32, where the state's is; of no meaning where it was not evaluated.
+    """
+
+    outputs: tuple[jax.Array, ...]
+    row: jax.Array
 
 
 class Trajectories(NamedTuple):
@@ -204,6 +220,8 @@ class Trajectories(NamedTuple):
       log_reward: [B].
       log_flow: [T + 1, B] log F of the states that were left, likewise; ``None`` where the policy
         has no such head.
+      memory: what may be recalled at the states, or ``None``. It belongs to the batch as it was
+        drawn: a part of the batch, or several together, have none.
     """
 
     states: Any
@@ -215,6 +233,7 @@ class Trajectories(NamedTuple):
     terminal: Any
     log_reward: jax.Array
     log_flow: jax.Array | None = None
+    memory: Memory | None = None
 
     @property
     def length(self) -> jax.Array:

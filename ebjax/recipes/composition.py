@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -134,9 +135,25 @@ def _compose(
     return temper(sum_of(first, second), config.temperature), 2.0 / config.temperature
 
 
-def _pair(first: Objective, second: Objective) -> Objective:
+def _normalised(energy_fn: EnergyFn, levels: np.ndarray) -> EnergyFn:
+    """E + log Z at a level, with params ``(θ, log Z [levels])``; the ladder is falling."""
+
+    def normalised(params, x, level):
+        index = jnp.searchsorted(-jnp.asarray(levels, x.dtype), -level)
+        return energy_fn(params[0], x, level) + params[1][index]
+
+    return normalised
+
+
+def _without_noise(law: Target) -> EnergyFn:
+    """E + log Z of a true law, at every level, with params ``()``."""
+    assert law.log_z is not None  # every law here has one
+    log_z = law.log_z
+    return lambda params, x, level: law.energy((), x) + log_z
+
+
+def _pair(both: Mapping[str, Objective]) -> Objective:
     """Both objectives at once, on params and batches ``{"first": ..., "second": ...}``."""
-    both = {"first": first, "second": second}
 
     def init(key, params, batch):
         return {name: each.init(key, params[name], batch[name]) for name, each in both.items()}
@@ -155,191 +172,194 @@ def _pair(first: Objective, second: Objective) -> Objective:
     return Objective(init=init, loss=loss)
 
 
-def build(config: CompositionConfig) -> Run:
-    """Makes the run of a config."""
-    laws = {"first": _law(config.first), "second": _law(config.second)}
-    frames = {name: data_frame(law) for name, law in laws.items()}
-    inits, energies, objectives = {}, {}, {}
-    for name, frame in frames.items():
-        inits[name], energies[name], levels = level_energy(config, frame)
-        objectives[name] = annealed_denoising_score_matching(energies[name], noise_levels=levels)
-    width = float(np.hypot(levels[0], max(frame.deviation for frame in frames.values())))
-    centre = np.mean([frame.mean for frame in frames.values()], axis=0)
+class _Composition:
+    """Two laws and U, made of the energies that learn them: samplers, quadrature, figures of merit.
 
-    def example(arrays, key, position):
-        del arrays
-        first_key, second_key = jax.random.split(jax.random.fold_in(key, position))
-        return {
-            "first": laws["first"].sample(first_key),
-            "second": laws["second"].sample(second_key),
-        }
+    What is compiled is made once, here, so that no call compiles anew. ``params`` of U are those of
+    ``learned``: ``((θ_1, log Z_1 [levels]), (θ_2, log Z_2))``.
+    """
 
-    def init(key):
-        keys = jax.random.split(key)
-        return {name: inits[name](own) for name, own in zip(inits, keys, strict=True)}
-
-    def normalised(name: str) -> EnergyFn:
-        """E + log Z at a level, with params ``(θ, log Z [levels])``; the ladder is falling."""
-
-        def energy_fn(params, x, level):
-            index = jnp.searchsorted(-jnp.asarray(levels, x.dtype), -level)
-            return energies[name](params[0], x, level) + params[1][index]
-
-        return energy_fn
-
-    composed, power = _compose(config, normalised("first"), normalised("second"))
-    scale = width / power**0.5
-    # Made once, so that quadrature compiles each of them once.
-    narrowest = jnp.asarray(levels[-1], jnp.float32)
-    at_narrowest = condition(composed, narrowest)
-    parts = {name: condition(energy_fn, narrowest) for name, energy_fn in energies.items()}
-
-    def smc(key, energy_fn, params, scale, num: int):
-        return reverse_diffusion_smc(
-            key,
-            energy_fn,
-            params,
-            num_particles=num,
-            noise_levels=levels,
-            mean=centre,
-            scale=scale,
+    def __init__(self, config: CompositionConfig) -> None:
+        self.config = config
+        self.laws = {"first": _law(config.first), "second": _law(config.second)}
+        frames = {name: data_frame(law) for name, law in self.laws.items()}
+        learners = {name: level_energy(config, frame) for name, frame in frames.items()}
+        self.inits = {name: init for name, (init, _, _) in learners.items()}
+        self.energies = {name: energy_fn for name, (_, energy_fn, _) in learners.items()}
+        self.levels = learners["first"][2]
+        self.composed, power = _compose(
+            config, *(_normalised(energy_fn, self.levels) for energy_fn in self.energies.values())
+        )
+        truth, _ = _compose(config, *map(_without_noise, self.laws.values()))
+        self.truth = condition(truth, 0.0)
+        narrowest = jnp.asarray(self.levels[-1], jnp.float32)
+        self.at_narrowest = condition(self.composed, narrowest)
+        self.parts = {name: condition(each, narrowest) for name, each in self.energies.items()}
+        # The laws at the widest level: mean, deviation of each, deviation of U's.
+        self.centre = np.mean([frame.mean for frame in frames.values()], axis=0)
+        deviation = max(frame.deviation for frame in frames.values())
+        self.width = float(np.hypot(self.levels[0], deviation))
+        self.scale = self.width / power**0.5
+        self.smc = functools.partial(
+            reverse_diffusion_smc,
+            noise_levels=self.levels,
+            mean=self.centre,
             num_mcmc_steps=config.markov_steps,
             step_fraction=config.step_fraction,
         )
+        self.learned = jax.jit(self._learned)
+        self.draw_many = jax.jit(self._draw_many, static_argnums=(0, 3))
+        self.energies_of = jax.jit(jax.vmap(self.at_narrowest, (None, 0)))
 
-    @jax.jit
-    def learned(params: Params) -> Params:
-        """``((θ_1, log Z_1 [levels]), (θ_2, log Z_2))``; constants cancel but in a mixture."""
+    def init(self, key):
+        keys = jax.random.split(key)
+        return {name: init(own) for (name, init), own in zip(self.inits.items(), keys, strict=True)}
+
+    def example(self, arrays, key, position):
+        del arrays
+        keys = jax.random.split(jax.random.fold_in(key, position))
+        return {
+            name: law.sample(own) for (name, law), own in zip(self.laws.items(), keys, strict=True)
+        }
+
+    def _learned(self, params: Params) -> Params:
+        """The params of U; constants cancel but in a mixture."""
         out = []
-        for name in ("first", "second"):
-            log_z = jnp.zeros(len(levels))
-            if config.operation == "mixture":
-                _, info = smc(jax.random.key(0), energies[name], params[name], width, 4000)
-                log_z = info.log_z[: len(levels)]
+        for name, energy_fn in self.energies.items():
+            log_z = jnp.zeros(len(self.levels))
+            if self.config.operation == "mixture":
+                _, info = self.smc(
+                    jax.random.key(0), energy_fn, params[name], scale=self.width, num_particles=4000
+                )
+                log_z = info.log_z[: len(self.levels)]
             out.append((params[name], log_z))
         return tuple(out)
 
-    # Evaluations of U by weighted reverse diffusion, per level and particle.
-    chain_steps = config.markov_steps + 3
-
-    @functools.partial(jax.jit, static_argnums=(0, 3))
-    def draw_many(sampler: str, key, params, num: int):
+    def _draw_many(self, sampler: str, key, params: Params, num: int):
         """``(positions [num, 2], log Z)``, equally weighted; log Z is NaN but for smc."""
         if sampler == "smc":
-            population, _ = smc(key, composed, params, scale, max(num, _MIN_PARTICLES))
-            order_key, draw_key = jax.random.split(jax.random.fold_in(key, 1))
-            ancestors = systematic(draw_key, population.log_weights)
-            chosen = jax.random.permutation(order_key, ancestors)[:num]
-            return population.particles.position[chosen], population.log_z
+            return self._resampled(key, params, num)
         start_key, chain_key = jax.random.split(key)
-        starts = centre + scale * jax.random.normal(start_key, (num, 2))
+        starts = self.centre + self.scale * jax.random.normal(start_key, (num, 2))
+        keys = jax.random.split(chain_key, num)
+        return jax.vmap(functools.partial(self._chain, sampler, params))(keys, starts), jnp.nan
 
-        def one(key, start):
-            if sampler == "reverse":
-                return reverse_diffusion_sample(key, composed, params, start, noise_levels=levels)
-            if sampler == "annealed":
-                return annealed_langevin(
-                    key,
-                    composed,
-                    params,
-                    start,
-                    noise_levels=levels,
-                    num_steps=chain_steps,
-                    step_size=config.step_fraction * levels[-1] ** 2,
-                    build_kernel=mala,
-                )[0]
-            kernel = mala(step_size=config.step_fraction * levels[-1] ** 2)
-            state = kernel.init(at_narrowest, params, start)
-            num_steps = chain_steps * len(levels)
-            return run_chain(key, kernel, at_narrowest, params, state, num_steps)[0].position
+    def _resampled(self, key, params: Params, num: int):
+        """``(positions [num, 2], log Z)`` of weighted reverse diffusion."""
+        population, _ = self.smc(
+            key, self.composed, params, scale=self.scale, num_particles=max(num, _MIN_PARTICLES)
+        )
+        order_key, draw_key = jax.random.split(jax.random.fold_in(key, 1))
+        ancestors = systematic(draw_key, population.log_weights)
+        chosen = jax.random.permutation(order_key, ancestors)[:num]
+        return population.particles.position[chosen], population.log_z
 
-        return jax.vmap(one)(jax.random.split(chain_key, num), starts), jnp.nan
+    def _chain(self, sampler: str, params: Params, key, start):
+        """[2] the end of one chain without weights."""
+        levels, config = self.levels, self.config
+        if sampler == "reverse":
+            return reverse_diffusion_sample(key, self.composed, params, start, noise_levels=levels)
+        # Evaluations of U by weighted reverse diffusion, per level and particle.
+        num_steps = config.markov_steps + 3
+        step_size = config.step_fraction * levels[-1] ** 2
+        if sampler == "annealed":
+            return annealed_langevin(
+                key,
+                self.composed,
+                params,
+                start,
+                noise_levels=levels,
+                num_steps=num_steps,
+                step_size=step_size,
+                build_kernel=mala,
+            )[0]
+        kernel = mala(step_size=step_size)
+        state = kernel.init(self.at_narrowest, params, start)
+        num_steps *= len(levels)
+        return run_chain(key, kernel, self.at_narrowest, params, state, num_steps)[0].position
 
-    energies_of = jax.jit(jax.vmap(at_narrowest, (None, 0)))
-
-    def grid(energy_fn, params):
+    def grid(self, energy_fn: EnergyFn, params: Params):
         from ebjax.evaluation import grid_law
 
-        return grid_law(energy_fn, params, bounds=_BOUNDS, num_points=config.num_grid_points)
+        num_points = self.config.num_grid_points
+        return grid_law(energy_fn, params, bounds=_BOUNDS, num_points=num_points)
 
-    def true_law():
-        """The composition of the true laws, without noise."""
-
-        def of(law: Target):
-            assert law.log_z is not None  # every law here has one
-            log_z = law.log_z
-            return lambda params, x, level: law.energy((), x) + log_z
-
-        energy_fn, _ = _compose(config, of(laws["first"]), of(laws["second"]))
-        return grid(lambda params, x: energy_fn(((), ()), x, 0.0), ())
-
-    def sample(key, state: TrainState, num_samples: int):
-        params = learned(state.ema)
-        positions, _ = draw_many(config.sampler, key, params, num_samples)
+    def sample(self, key, state: TrainState, num_samples: int):
+        params = self.learned(state.ema)
+        positions, _ = self.draw_many(self.config.sampler, key, params, num_samples)
         return {
             "positions": np.asarray(positions),
-            "energies": np.asarray(energies_of(params, positions)),
+            "energies": np.asarray(self.energies_of(params, positions)),
         }
 
-    def monitor(key, state: TrainState):
+    def monitor(self, key, state: TrainState):
         from ebjax.evaluation import grid_figures
 
         del key
         figures = {}
-        for name, law in laws.items():
-            exact = grid_figures(grid(parts[name], state.ema[name]), grid(law.energy, ()))
+        for name, law in self.laws.items():
+            learned = self.grid(self.parts[name], state.ema[name])
+            exact = grid_figures(learned, self.grid(law.energy, ()))
             figures[f"total_variation_{name}"] = exact["total_variation"]
         return {"total_variation": max(figures.values()), **figures}
 
-    def evaluate(key, state: TrainState):
+    def evaluate(self, key, state: TrainState):
         from ebjax.evaluation import cell_total_variation, grid_figures
 
-        params = learned(state.ema)
-        law = grid(at_narrowest, params)
+        params = self.learned(state.ema)
+        law = self.grid(self.at_narrowest, params)
         figures: dict[str, Any] = {}
         for index, sampler in enumerate(_SAMPLERS):
             own_key = jax.random.fold_in(key, index)
-            positions, log_z = draw_many(sampler, own_key, params, config.num_evaluated)
+            positions, log_z = self.draw_many(sampler, own_key, params, self.config.num_evaluated)
             distance = cell_total_variation(np.asarray(positions), law)
             figures[f"tv_{sampler}"] = distance.total_variation
             figures["tv_of_exact_draws"] = distance.of_exact_draws
             if sampler == "smc":
                 figures["log_z_error"] = float(log_z) - law.log_z
-        figures["tv_of_learning"] = grid_figures(law, true_law())["total_variation"]
-        figures |= monitor(key, state)
-        return figures
+        true_law = self.grid(self.truth, ((), ()))
+        figures["tv_of_learning"] = grid_figures(law, true_law)["total_variation"]
+        return figures | self.monitor(key, state)
 
-    def figures(key, state: TrainState, samples):
+    def figures(self, key, state: TrainState, samples):
         from ebjax.recipes.density_figures import laws_and_draws
 
-        params = learned(state.ema)
+        config, params = self.config, self.learned(state.ema)
         shown = {
-            f"first: {config.first}": grid(parts["first"], state.ema["first"]),
-            f"second: {config.second}": grid(parts["second"], state.ema["second"]),
-            f"{config.operation}, exact": grid(at_narrowest, params),
+            f"first: {config.first}": self.grid(self.parts["first"], state.ema["first"]),
+            f"second: {config.second}": self.grid(self.parts["second"], state.ema["second"]),
+            f"{config.operation}, exact": self.grid(self.at_narrowest, params),
         }
         drawn = {
-            name: np.asarray(draw_many(name, key, params, len(samples["positions"]))[0])
+            name: np.asarray(self.draw_many(name, key, params, len(samples["positions"]))[0])
             for name in ("smc", "mala", "reverse")
         }
         return {"composition": laws_and_draws(shown, drawn)}
 
+
+def build(config: CompositionConfig) -> Run:
+    """Makes the run of a config."""
+    made = _Composition(config)
+    objectives = {
+        name: annealed_denoising_score_matching(energy_fn, noise_levels=made.levels)
+        for name, energy_fn in made.energies.items()
+    }
+    # A draw by itself has no population.
     chain = "annealed" if config.sampler == "smc" else config.sampler
     return Run(
-        init=init,
-        objective=_pair(objectives["first"], objectives["second"]),
+        init=made.init,
+        objective=_pair(objectives),
         optimizer=config.optimizer(),
-        source=Source((), example),
-        sample=sample,
-        evaluate=evaluate,
-        figures=figures,
-        monitor=monitor,
+        source=Source((), made.example),
+        sample=made.sample,
+        evaluate=made.evaluate,
+        figures=made.figures,
+        monitor=made.monitor,
         monitor_name="total_variation",
         progress=("loss", "gradient_norm"),
-        energy=at_narrowest,
-        learned_params=lambda state: learned(state.ema),
-        # A draw by itself has no population.
-        draw=lambda key, params: draw_many(chain, key, params, 1)[0][0],
+        energy=made.at_narrowest,
+        learned_params=lambda state: made.learned(state.ema),
+        draw=lambda key, params: made.draw_many(chain, key, params, 1)[0][0],
     )
 
 

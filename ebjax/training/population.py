@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ebjax.parallel import AXIS_NAME, data_parallel
+from ebjax.parallel import AXIS_NAME, data_parallel, side_by_side
 from ebjax.training.config import TrainingConfig
 from ebjax.training.loop import init_state
 from ebjax.training.seeds import stacked_states, unstacked_states
@@ -270,7 +270,7 @@ def train_population(
     if run.source.load is not None:
         raise ValueError("source streams; a population needs data that fits in memory.")
     program = data_parallel(
-        jax.vmap(_member_update(recipe, config), (0, 0, ((None, None), 0))),
+        side_by_side(_member_update(recipe, config), (0, 0, ((None, None), 0))),
         devices=jax.devices()[:1],
         backend=config.backend,
     )

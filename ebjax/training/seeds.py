@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ebjax.numerics import is_key
-from ebjax.parallel import AXIS_NAME, data_parallel, to_host
+from ebjax.parallel import AXIS_NAME, data_parallel, side_by_side, to_host
 from ebjax.training.config import TrainingConfig
 from ebjax.training.loop import init_state, is_save_step, next_call_end
 from ebjax.training.update import make_update, make_update_many
@@ -68,7 +68,7 @@ def train_seeds(
     )
     update_many = make_update_many(update, loss_limit=config.loss_limit or math.inf)
     program = data_parallel(
-        jax.vmap(update_many, (0, 0, None)), devices=jax.devices()[:1], backend=config.backend
+        side_by_side(update_many, (0, 0, None)), devices=jax.devices()[:1], backend=config.backend
     )
     if initial is None:
         initial = [init_state(run, config) for config in configs]

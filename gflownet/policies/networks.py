@@ -93,4 +93,4 @@ def mlp_policy(
         log_flow = outputs[num_logits] if with_flow else None
         return masked_output(logits, log_flow, forward_mask, backward_mask)
 
-    return Policy(init=init, apply=apply)
+    return Policy(init=init, apply=apply, remembers=True)

@@ -32,4 +32,4 @@ def separate_backward(forward: Policy, backward: Policy) -> Policy:
         output = forward.apply(params["forward"], *inputs)
         return output._replace(backward=backward.apply(params["backward"], *inputs).backward)
 
-    return Policy(init=init, apply=apply)
+    return Policy(init, apply, forward.remembers and backward.remembers)

@@ -27,7 +27,7 @@ from ebjax.training import (
     check_widths,
     setting,
 )
-from ebjax.types import Flow, Objective, Recipe, Run, Source, Target, TrainState
+from ebjax.types import Flow, Objective, Params, Recipe, Run, Source, Target, TrainState
 from gflownet import objectives
 from gflownet.environments import (
     BoxState,
@@ -44,7 +44,7 @@ from gflownet.evaluation import bounds_of_weights
 from gflownet.exact import jensen_shannon, total_variation
 from gflownet.policies import mixture_policy
 from gflownet.rollout import backward_rollout, forward_rollout
-from gflownet.types import Environment, Policy, State
+from gflownet.types import Environment, Policy, State, Trajectories
 
 __all__ = ["ContinuousConfig", "kernel_density", "recipe"]
 
@@ -160,148 +160,156 @@ def _objective(config: ContinuousConfig, environment: Environment, policy: Polic
     )
 
 
-def build(config: ContinuousConfig) -> Run:
-    """Makes the run of a config."""
-    problem = _problem(config)
-    environment, target = problem.environment, problem.target
-    assert target.log_z is not None
-    assert target.sample is not None
-    exact_log_z, exact_sample = target.log_z, target.sample
-    policy = mixture_policy(
-        environment.num_actions,
-        environment.value_dim,
-        config.hidden_features,
-        family=problem.family,
-        num_components=config.num_components,
-        backward=config.backward_policy,
-        with_flow=config.objective in ("db", "subtb"),
-        activation=nn.elu,
-    )
-    has_log_z = config.objective == "tb"
+class _ContinuousFlow:
+    """The graph and its policy, judged in both directions by exact draws of the target.
 
-    def init(key):
-        params = {"policy": policy.init(key, environment.observe(environment.initial(key)))}
-        return {**params, "log_z": jnp.zeros(())} if has_log_z else params
+    What is compiled is made once, here, and runs in blocks of one size. ``params`` are those of the
+    policy.
+    """
 
-    optimizers = {"policy": config.optimizer()}
-    if has_log_z:
-        optimizers["log_z"] = config.optimizer(config.log_z_learning_rate)
+    def __init__(self, config: ContinuousConfig) -> None:
+        self.config, self.problem = config, _problem(config)
+        self.environment, target = self.problem.environment, self.problem.target
+        assert target.log_z is not None
+        assert target.sample is not None
+        self.log_z = target.log_z
+        self.policy = mixture_policy(
+            self.environment.num_actions,
+            self.environment.value_dim,
+            config.hidden_features,
+            family=self.problem.family,
+            num_components=config.num_components,
+            backward=config.backward_policy,
+            with_flow=config.objective in ("db", "subtb"),
+            activation=nn.elu,
+        )
+        self.walk_block = jax.jit(self._walk)
+        self.walk_back_block = jax.jit(self._walk_back)
+        self.draw_exact_block = jax.jit(jax.vmap(target.sample))
 
-    def weight(rolled):
-        return rolled.log_reward + jnp.sum(rolled.log_pb - rolled.log_pf, axis=0)
+    def _walk(self, keys, params: Params):
+        return _kept(forward_rollout(keys, self.environment, self.policy, params))
 
-    @jax.jit
-    def walk(keys, params):
-        rolled = forward_rollout(keys, environment, policy, params)
-        return {
-            "positions": rolled.terminal.position,
-            "log_rewards": rolled.log_reward,
-            "lengths": rolled.length,
-            "weights": weight(rolled),
-        }
+    def _walk_back(self, keys, params: Params, positions):
+        ends = jax.vmap(self.problem.terminal)(positions)
+        return _kept(backward_rollout(keys, self.environment, self.policy, params, ends))
 
-    @jax.jit
-    def walk_back(keys, params, positions):
-        ends = jax.vmap(problem.terminal)(positions)
-        rolled = backward_rollout(keys, environment, policy, params, ends)
-        return {"log_rewards": rolled.log_reward, "weights": weight(rolled)}
+    def init(self, key):
+        source = self.environment.observe(self.environment.initial(key))
+        params = {"policy": self.policy.init(key, source)}
+        return {**params, "log_z": jnp.zeros(())} if self.config.objective == "tb" else params
 
-    exact_block = jax.jit(jax.vmap(exact_sample))
+    def draw(self, key, params: Params):
+        """[D] one sample."""
+        return self._walk(key[None], params)["positions"][0]
 
-    def exact(key, num: int) -> np.ndarray:
-        return _in_blocks(lambda keys: {"positions": exact_block(keys)}, key, num)["positions"]
+    def exact(self, key, num: int) -> np.ndarray:
+        """[num, D] exact draws."""
+        return _in_blocks(self.draw_exact_block, key, num)
 
-    def draw(key, state: TrainState, num: int):
-        return _in_blocks(lambda keys: walk(keys, state.ema["policy"]), key, num)
+    def forth(self, key, params: Params, num: int) -> dict[str, np.ndarray]:
+        """What is kept of trajectories from the source."""
+        return _in_blocks(lambda keys: self.walk_block(keys, params), key, num)
 
-    def back(key, state: TrainState, positions: np.ndarray):
+    def back(self, key, params: Params, ends: np.ndarray) -> dict[str, np.ndarray]:
+        """What is kept of trajectories back from positions [N, D], one each."""
         return _in_blocks(
-            lambda keys, x: walk_back(keys, state.ema["policy"], x), key, len(positions), positions
+            lambda keys, x: self.walk_back_block(keys, params, x), key, len(ends), ends
         )
 
-    def sample(key, state: TrainState, num_samples: int):
-        draws = draw(key, state, num_samples)
-        return {name: draws[name] for name in ("positions", "log_rewards", "lengths")}
+    def sample(self, key, state: TrainState, num_samples: int):
+        drawn = self.forth(key, state.ema["policy"], num_samples)
+        return {name: drawn[name] for name in ("positions", "log_rewards", "lengths")}
 
-    def bounds(key, state: TrainState, num: int):
+    def bounds(self, key, state: TrainState, num: int):
+        """``(FlowBounds, trajectories from the source)``, from as many in each direction."""
+        params = state.ema["policy"]
         walk_key, back_key, target_key = jax.random.split(key, 3)
-        draws = draw(walk_key, state, num)
-        returned = back(back_key, state, exact(target_key, num))
-        return bounds_of_weights(draws["weights"], returned["weights"]), draws
+        drawn = self.forth(walk_key, params, num)
+        returned = self.back(back_key, params, self.exact(target_key, num))
+        return bounds_of_weights(drawn["weights"], returned["weights"]), drawn
 
-    def monitor(key, state: TrainState):
-        found, _ = bounds(key, state, _BLOCK)
-        assert found.eubo is not None
+    def monitor(self, key, state: TrainState):
+        found, _ = self.bounds(key, state, _BLOCK)
         return {"gap": found.eubo - found.elbo}
 
-    def evaluate(key, state: TrainState):
+    def evaluate(self, key, state: TrainState):
         bounds_key, one_key, two_key = jax.random.split(key, 3)
-        num = config.num_evaluated
-        found, draws = bounds(bounds_key, state, num)
-        assert found.eubo is not None
+        num, side = self.config.num_evaluated, self.problem.side
+        found, drawn = self.bounds(bounds_key, state, num)
         ours, one, two = (
-            kernel_density(points, side=problem.side, is_periodic=problem.family == "von_mises")
-            for points in (draws["positions"], exact(one_key, num), exact(two_key, num))
+            kernel_density(points, side=side, is_periodic=self.problem.family == "von_mises")
+            for points in (drawn["positions"], self.exact(one_key, num), self.exact(two_key, num))
         )
         return {
             "log_z": found.log_z,
-            "log_z_exact": exact_log_z,
-            "log_z_error": found.log_z - exact_log_z,
+            "log_z_exact": self.log_z,
+            "log_z_error": found.log_z - self.log_z,
             "log_z_standard_error": found.log_z_standard_error,
-            "elbo_gap": exact_log_z - found.elbo,
-            "eubo_gap": found.eubo - exact_log_z,
+            "elbo_gap": self.log_z - found.elbo,
+            "eubo_gap": found.eubo - self.log_z,
             "effective_share": found.effective_sample_size / num,
             "jensen_shannon": jensen_shannon(ours, one),
             "jensen_shannon_of_exact_samples": jensen_shannon(two, one),
-            "mean_length": float(draws["lengths"].mean()),
+            "mean_length": float(drawn["lengths"].mean()),
         }
 
-    def figures(key, state: TrainState, samples):
+    def figures(self, key, state: TrainState, samples):
         from gflownet.figures import grid_distributions
 
-        if config.dim != 2:
+        del samples
+        if self.config.dim != 2:
             return {}
-        cells = _cells(2, problem.side)
-        returned = [back(each, state, cells) for each in jax.random.split(key, 10)]
+        cells, params = _cells(2, self.problem.side), state.ema["policy"]
+        returned = [self.back(each, params, cells) for each in jax.random.split(key, 10)]
         log_ratios = [one["log_rewards"] - one["weights"] for one in returned]
         laws = {
-            "target": np.exp(returned[0]["log_rewards"] - exact_log_z),
+            "target": np.exp(returned[0]["log_rewards"] - self.log_z),
             "learned": np.exp(logsumexp(log_ratios, axis=0)) / len(log_ratios),
         }
         laws = {
-            title: (density * (problem.side / _GRID) ** 2).reshape(_GRID, _GRID)
+            title: (density * (self.problem.side / _GRID) ** 2).reshape(_GRID, _GRID)
             for title, density in laws.items()
         }
         distance = total_variation(laws["learned"], laws["target"])
-        return {
-            "densities": grid_distributions(
-                laws, subtitle=f"total variation on the grid {distance:.3f}"
-            )
-        }
+        subtitle = f"total variation on the grid {distance:.3f}"
+        return {"densities": grid_distributions(laws, subtitle=subtitle)}
 
-    def draw_one(key, params):
-        return forward_rollout(key[None], environment, policy, params).terminal.position[0]
 
+def build(config: ContinuousConfig) -> Run:
+    """Makes the run of a config."""
+    made = _ContinuousFlow(config)
+    optimizers = {"policy": config.optimizer()}
+    if config.objective == "tb":
+        optimizers["log_z"] = config.optimizer(config.log_z_learning_rate)
     return Run(
-        init=init,
-        objective=_objective(config, environment, policy),
+        init=made.init,
+        objective=_objective(config, made.environment, made.policy),
         optimizer=by_group(optimizers),
         source=Source((), lambda arrays, key, position: position),
-        sample=sample,
-        evaluate=evaluate,
-        figures=figures,
-        monitor=monitor,
+        sample=made.sample,
+        evaluate=made.evaluate,
+        figures=made.figures,
+        monitor=made.monitor,
         monitor_name="gap",
         progress=("loss", "elbo", "log_reward", "trajectory_length"),
         learned_params=lambda state: state.ema["policy"],
-        flow=Flow(environment, policy),
-        draw=draw_one,
+        flow=Flow(made.environment, made.policy),
+        draw=made.draw,
     )
 
 
-def _in_blocks(
-    fn: Callable[..., dict[str, jax.Array]], key: jax.Array, num: int, *inputs: np.ndarray
-) -> dict[str, np.ndarray]:
+def _kept(rolled: Trajectories) -> dict[str, jax.Array]:
+    """[B, ...] by name; ``weights`` are log R + log P_B - log P_F."""
+    return {
+        "positions": rolled.terminal.position,
+        "log_rewards": rolled.log_reward,
+        "lengths": rolled.length,
+        "weights": rolled.log_reward + jnp.sum(rolled.log_pb - rolled.log_pf, axis=0),
+    }
+
+
+def _in_blocks(fn: Callable[..., Any], key: jax.Array, num: int, *inputs: np.ndarray) -> Any:
     """``fn(keys, *inputs)`` of ``num`` examples in blocks of one size, so that it compiles once."""
     padded = -(-num // _BLOCK) * _BLOCK
     keys = jax.random.split(key, padded)
@@ -310,10 +318,7 @@ def _in_blocks(
         fn(keys[start : start + _BLOCK], *(leaf[start : start + _BLOCK] for leaf in whole))
         for start in range(0, padded, _BLOCK)
     ]
-    return {
-        name: np.concatenate([np.asarray(block[name]) for block in blocks])[:num]
-        for name in blocks[0]
-    }
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:num], *blocks)
 
 
 def _cells(dim: int, side: float) -> np.ndarray:

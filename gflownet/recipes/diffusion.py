@@ -29,7 +29,7 @@ from ebjax.training import (
     check_between,
     setting,
 )
-from ebjax.types import Flow, Recipe, Run, Source, Target, TrainState
+from ebjax.types import Flow, Params, Recipe, Run, Source, Target, TrainState
 from gflownet.diffusion import (
     DIFFUSION_LOSSES,
     DiffusionProcess,
@@ -110,32 +110,117 @@ class DiffusionConfig(AdamConfig):
         check_between(self, 0, 1, "rebirth_probability")
 
 
+class _Sampler:
+    """The walk to a target and its drift, judged by exact draws of the target if there are any.
+
+    What is compiled is made once, here. ``params`` are those of the policy.
+    """
+
+    def __init__(self, config: DiffusionConfig) -> None:
+        self.config = config
+        self.law: GridLaw | None = None
+        if config.target == "learned":
+            self.target, variance, self.law = learned_target(config.energy_workdir)
+        else:
+            make, variance = _TARGETS[config.target]
+            self.target = make(config.target_dim)
+        (self.dim,) = self.target.event_shape
+        self.process = DiffusionProcess(config.path_steps, config.variance or variance)
+        self.policy = diffusion_policy(
+            self.dim,
+            features=config.features,
+            num_layers=config.num_layers,
+            uses_slope=config.uses_slope,
+        )
+        self.draw_many = jax.jit(jax.vmap(self.draw, (0, None)))
+        self.push_back_many = jax.jit(jax.vmap(self._push_back, (0, None)))
+        self.draw_exact_many = jax.jit(jax.vmap(self._draw_exact))
+
+    def draw(self, key, params: Params):
+        """``(x [D], w [])``."""
+        return draw(key, self.process, self.policy, params, self.target.energy, (), self.dim)
+
+    def _push_back(self, key, params: Params):
+        """[] w of a bridge back from an exact draw."""
+        sample_key, bridge_key = jax.random.split(key)
+        x, energy_fn = self._draw_exact(sample_key), self.target.energy
+        return target_log_weight(bridge_key, self.process, self.policy, params, energy_fn, (), x)
+
+    def _draw_exact(self, key):
+        return self.target.sample(key)
+
+    def exact(self, key, num: int) -> np.ndarray:
+        """[num, D] exact draws."""
+        return np.asarray(self.draw_exact_many(jax.random.split(key, num)))
+
+    def sample(self, key, state: TrainState, num_samples: int):
+        positions, weights = self.draw_many(jax.random.split(key, num_samples), state.ema["policy"])
+        return {"positions": np.asarray(positions), "log_weights": np.asarray(weights)}
+
+    def bounds(self, key, state: TrainState, num: int):
+        """``(FlowBounds, draws [num, D])``, from that many paths in each direction."""
+        from gflownet.evaluation import bounds_of_weights
+
+        forward_key, backward_key = jax.random.split(key)
+        drawn, back = self.sample(forward_key, state, num), None
+        if self.target.sample is not None:
+            back = self.push_back_many(jax.random.split(backward_key, num), state.ema["policy"])
+        return bounds_of_weights(drawn["log_weights"], back), drawn["positions"]
+
+    def monitor(self, key, state: TrainState):
+        bounds, _ = self.bounds(key, state, 500)
+        upper = bounds.log_z if bounds.eubo is None else bounds.eubo
+        return {"gap": upper - bounds.elbo}
+
+    def evaluate(self, key, state: TrainState):
+        from ebjax.evaluation import cell_total_variation, maximum_mean_discrepancy
+
+        num, exact_log_z = self.config.num_evaluated, self.target.log_z
+        draw_key, data_key, other_key = jax.random.split(key, 3)
+        bounds, positions = self.bounds(draw_key, state, num)
+        figures = {
+            "elbo": bounds.elbo,
+            "log_z": bounds.log_z,
+            "log_z_standard_error": bounds.log_z_standard_error,
+            "effective_share": bounds.effective_sample_size / num,
+        }
+        if exact_log_z is None or bounds.eubo is None:
+            return figures
+        held_out, other = self.exact(data_key, num), self.exact(other_key, num)
+        figures |= {
+            "elbo_gap": exact_log_z - bounds.elbo,
+            "log_z_error": bounds.log_z - exact_log_z,
+            "eubo_gap": bounds.eubo - exact_log_z,
+            "mmd": maximum_mean_discrepancy(positions, held_out),
+            "mmd_of_exact_samples": maximum_mean_discrepancy(other, held_out),
+            **_mode_figures(self.target, positions, held_out),
+        }
+        if self.law is not None:
+            distance = cell_total_variation(positions, self.law)
+            figures["total_variation"] = distance.total_variation
+            figures["total_variation_of_exact_draws"] = distance.of_exact_draws
+        return figures
+
+    def figures(self, key, state: TrainState, samples):
+        del state
+        shown = {"diffusion sampler": samples["positions"]}
+        if self.target.sample is not None:
+            shown = {"exact draws": self.exact(key, len(samples["positions"])), **shown}
+        return {"samples": _scatter(shown, self.config.target)}
+
+
 def build(config: DiffusionConfig) -> Run:
     """Makes the run of a config."""
-    law: GridLaw | None = None
-    if config.target == "learned":
-        target, variance, law = learned_target(config.energy_workdir)
-    else:
-        make, variance = _TARGETS[config.target]
-        target = make(config.target_dim)
-    exact_log_z, exact_sample = target.log_z, target.sample
-    dim = target.event_shape[0]
-    process = DiffusionProcess(config.path_steps, config.variance or variance)
-    policy = diffusion_policy(
-        dim,
-        features=config.features,
-        num_layers=config.num_layers,
-        uses_slope=config.uses_slope,
-    )
-    flow = diffusion_flow(dim, features=config.features, num_layers=config.num_layers)
+    sampler = _Sampler(config)
+    flow = diffusion_flow(sampler.dim, features=config.features, num_layers=config.num_layers)
     exploration: Any = 0.0
     if config.exploration:
         exploration = optax.linear_schedule(config.exploration, 0.0, config.exploration_decay_steps)
     objective = diffusion_objective(
-        target.energy,
-        policy,
-        process,
-        dim,
+        sampler.target.energy,
+        sampler.policy,
+        sampler.process,
+        sampler.dim,
         loss=config.loss,
         exploration=exploration,
         local_search_steps=config.local_search_steps,
@@ -145,111 +230,27 @@ def build(config: DiffusionConfig) -> Run:
         decay=config.subtrajectory_decay,
         axis_name=AXIS_NAME,
     )
-    optimizers = {"policy": config.optimizer()}
+    inits, optimizers = {"policy": sampler.policy.init}, {"policy": config.optimizer()}
     if config.loss not in ("vargrad", "pis"):
+        inits["log_z"] = lambda key: jnp.zeros(())
         optimizers["log_z"] = config.optimizer(config.log_z_learning_rate)
     if config.loss in PARTIAL_LOSSES:
+        inits["flow"] = lambda key: flow.init(jax.random.fold_in(key, 1))
         optimizers["flow"] = config.optimizer(config.flow_learning_rate)
-
-    def init(key):
-        inits = {
-            "policy": policy.init,
-            "log_z": lambda key: jnp.zeros(()),
-            "flow": lambda key: flow.init(jax.random.fold_in(key, 1)),
-        }
-        return {name: inits[name](key) for name in optimizers}
-
-    @jax.jit
-    def draw_many(keys, params):
-        return jax.vmap(
-            lambda key: draw(key, process, policy, params["policy"], target.energy, (), dim)
-        )(keys)
-
-    @jax.jit
-    def push_back(keys, params):
-        def one(key):
-            assert exact_sample is not None
-            sample_key, bridge_key = jax.random.split(key)
-            x = exact_sample(sample_key)
-            return target_log_weight(
-                bridge_key, process, policy, params["policy"], target.energy, (), x
-            )
-
-        return jax.vmap(one)(keys)
-
-    def sample(key, state: TrainState, num_samples: int):
-        positions, weights = draw_many(jax.random.split(key, num_samples), state.ema)
-        return {"positions": np.asarray(positions), "log_weights": np.asarray(weights)}
-
-    def bounds_of(key, state: TrainState, num: int):
-        from gflownet.evaluation import bounds_of_weights
-
-        forward_key, backward_key = jax.random.split(key)
-        positions, weights = draw_many(jax.random.split(forward_key, num), state.ema)
-        back = None
-        if exact_sample is not None:
-            back = push_back(jax.random.split(backward_key, num), state.ema)
-        return bounds_of_weights(weights, back), np.asarray(positions)
-
-    def exact_draws(key, num: int) -> np.ndarray:
-        assert exact_sample is not None
-        return np.asarray(jax.jit(jax.vmap(exact_sample))(jax.random.split(key, num)))
-
-    def monitor(key, state: TrainState):
-        bounds, _ = bounds_of(key, state, 500)
-        upper = bounds.log_z if bounds.eubo is None else bounds.eubo
-        return {"gap": upper - bounds.elbo}
-
-    def evaluate(key, state: TrainState):
-        from ebjax.evaluation import cell_total_variation, maximum_mean_discrepancy
-
-        draw_key, data_key, other_key = jax.random.split(key, 3)
-        bounds, positions = bounds_of(draw_key, state, config.num_evaluated)
-        figures = {
-            "elbo": bounds.elbo,
-            "log_z": bounds.log_z,
-            "log_z_standard_error": bounds.log_z_standard_error,
-            "effective_share": bounds.effective_sample_size / config.num_evaluated,
-        }
-        if exact_log_z is None or bounds.eubo is None:
-            return figures
-        figures |= {
-            "elbo_gap": exact_log_z - bounds.elbo,
-            "log_z_error": bounds.log_z - exact_log_z,
-            "eubo_gap": bounds.eubo - exact_log_z,
-        }
-        held_out = exact_draws(data_key, config.num_evaluated)
-        other = exact_draws(other_key, config.num_evaluated)
-        figures["mmd"] = maximum_mean_discrepancy(positions, held_out)
-        figures["mmd_of_exact_samples"] = maximum_mean_discrepancy(other, held_out)
-        figures |= _mode_figures(target, positions, held_out)
-        if law is not None:
-            distance = cell_total_variation(positions, law)
-            figures["total_variation"] = distance.total_variation
-            figures["total_variation_of_exact_draws"] = distance.of_exact_draws
-        return figures
-
-    def figures(key, state: TrainState, samples):
-        drawn = samples["positions"]
-        shown = {"diffusion sampler": drawn}
-        if exact_sample is not None:
-            shown = {"exact draws": exact_draws(key, len(drawn)), **shown}
-        return {"samples": _scatter(shown, config.target)}
-
     return Run(
-        init=init,
+        init=lambda key: {name: init(key) for name, init in inits.items()},
         objective=objective,
         optimizer=by_group(optimizers),
         source=Source((), lambda arrays, key, position: position),
-        sample=sample,
-        evaluate=evaluate,
-        figures=figures,
-        monitor=monitor,
+        sample=sampler.sample,
+        evaluate=sampler.evaluate,
+        figures=sampler.figures,
+        monitor=sampler.monitor,
         monitor_name="gap",
         progress=("loss", "elbo", "log_reward", "gradient_norm"),
         learned_params=lambda state: state.ema["policy"],
-        flow=Flow(process, policy),
-        draw=lambda key, params: draw(key, process, policy, params, target.energy, (), dim)[0],
+        flow=Flow(sampler.process, sampler.policy),
+        draw=lambda key, params: sampler.draw(key, params)[0],
     )
 
 

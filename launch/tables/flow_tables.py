@@ -84,20 +84,21 @@ FLOW_OBJECTIVES = (
 
 
 def _flow_objectives() -> Table:
-    floor = {"reward_floor": 0.1}
+    """The easier grid, R0 = 0.1, and the recipe's own, where the way between modes is all but shut."""
     return Table(
         "Flows on the 8 x 8 grid by every objective: exact total variation after 1,000 updates",
-        (
-            *(Row(name, "hypergrid", {"objective": name}) for name in FLOW_OBJECTIVES),
-            Row("led-easier", "hypergrid", {"objective": "led", **floor}),
-            Row("reverse_kl-easier", "hypergrid", {"objective": "reverse_kl", **floor}),
+        tuple(
+            Row(f"{name}{ending}", "hypergrid", {"objective": name, "reward_floor": floor})
+            for ending, floor in (("-easier", 0.1), ("", 1e-3))
+            for name in FLOW_OBJECTIVES
         ),
         ("total_variation", "log_z_error"),
-        seeds=2,
+        seeds=3,
         bars=tuple(
             Bar(name, "total_variation", high=0.01)
-            for name in (*FLOW_OBJECTIVES, "led-easier")
-            if name not in ("led", "reverse_kl", "forward_kl")
+            for name in (*(f"{name}-easier" for name in FLOW_OBJECTIVES), *FLOW_OBJECTIVES)
+            # Exact draws leave noise in the gradient; two more miss modes where they are far apart.
+            if name not in ("forward_kl-easier", "forward_kl", "led", "reverse_kl")
         ),
     )
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from ebjax.types import Params, PyTree
 from gflownet.compaction import compact_map
+from gflownet.distributions import MaskedCategorical
 from gflownet.remembering import recalled
 from gflownet.types import Environment, Policy, PolicyOutput, State, Trajectories
 
@@ -157,6 +158,8 @@ def score(
         if trajectories.memory is not None:
             memory = trajectories.memory.outputs, trajectories.memory.row.reshape(-1)
     needed = trajectories.is_choice | is_left if with_flow or with_stop else trajectories.is_choice
+    if recorded is not None and not _learns_backward(environment, policy, params, states):
+        needed = needed & is_left  # of an end only P_B is asked, whose value is known
     dtypes = [trajectories.log_pf.dtype, trajectories.log_pb.dtype]
     dtypes += [trajectories.log_pf.dtype] * (with_flow + with_stop)
     log_pf, log_pb, *others = compact_map(
@@ -172,6 +175,20 @@ def score(
     log_flow = others.pop(0).reshape(shape) if with_flow else None
     log_stop = others.pop(0).reshape(shape) if with_stop else None
     return Scores(log_pf.reshape(shape)[:-1], log_pb.reshape(shape)[1:], log_flow, log_stop)
+
+
+def _learns_backward(
+    environment: Environment, policy: Policy, params: Params, states: State
+) -> bool:
+    """Whether P_B depends on ``params``, as far as its type says: a uniform law does not."""
+
+    def backward(params, state):
+        masks = environment.forward_mask(state), environment.backward_mask(state)
+        return policy.apply(params, environment.observe(state), *masks).backward
+
+    one = jax.tree.map(lambda leaf: leaf[0, 0], states)
+    law = jax.eval_shape(backward, params, one)
+    return not (isinstance(law, MaskedCategorical) and law.logits is None)
 
 
 def _concatenate(first: PyTree, second: PyTree) -> PyTree:

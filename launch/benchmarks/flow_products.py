@@ -1,8 +1,9 @@
 """The floor of an update of a flow: what its network costs if all else is free.
 
-A rollout evaluates the policy once a step, over all its trajectories together; the gradient
-evaluates it again at the states that they left, in chunks, and pulls back. Left out are the
-environment, masks, random numbers, log-probabilities, the loss and Adam.
+A rollout evaluates the policy once a step, over all its trajectories together; the gradient pulls
+back at the states that they left, in chunks, from what the layers put out there or, where a policy
+does not remember that, from another evaluation. Left out are the environment, masks, random
+numbers, log-probabilities, keeping what layers put out, the loss and Adam.
 """
 
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gflownet.remembering import recalled, remembered
 from gflownet.rollout import forward_rollout
 from gflownet.types import Environment, Policy
 from launch.benchmarks.flow_tasks import own_flow
@@ -77,16 +79,27 @@ def _products(
         jnp.resize(flat, (size, *flat.shape[1:])) for size in (num_trajectories, chunk_size)
     )
 
-    def outputs(params: Any, observations: jax.Array) -> jax.Array:
+    def apply(params: Any, x: jax.Array) -> Any:
+        return policy.apply(params, x, *masks)
+
+    memory: tuple[Any, ...] = ()
+    if policy.remembers:
+        memory = (jax.vmap(lambda x: remembered(apply, params, x)[1])(chunk),)
+
+    def outputs(params: Any, observations: jax.Array, *memory: Any) -> jax.Array:
         """[] a sum of all that the network says, each number with a weight of its own."""
-        output = jax.vmap(lambda x: policy.apply(params, x, *masks))(observations)
+
+        def one(x: jax.Array, *kept: Any) -> Any:
+            return recalled(apply, *kept, params, x) if kept else apply(params, x)
+
+        output = jax.vmap(one)(observations, *memory)
         said = [x for x in jax.tree.leaves(output) if jnp.issubdtype(x.dtype, jnp.floating)]
         terms = [jnp.vdot(jnp.sin(jnp.arange(x.size)), x.ravel()) for x in said]
         return jnp.sum(jnp.stack(terms))
 
-    def after(rows: jax.Array, total: jax.Array) -> jax.Array:
+    def after(tree: Any, total: jax.Array) -> Any:
         """The same rows, which depend on the last result, so that no two evaluations are one."""
-        return jnp.where(jnp.isnan(total), 0, rows)
+        return jax.tree.map(lambda rows: jnp.where(jnp.isnan(total), 0, rows), tree)
 
     def update(params: Any, batch: jax.Array, chunk: jax.Array) -> Any:
         total = jax.lax.fori_loop(
@@ -95,7 +108,7 @@ def _products(
 
         def add_gradient(_: jax.Array, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
             gradient, total = carry
-            value, more = jax.value_and_grad(outputs)(params, after(chunk, total))
+            value, more = jax.value_and_grad(outputs)(params, *after((chunk, *memory), total))
             return jax.tree.map(jnp.add, gradient, more), value
 
         zeros = jax.tree.map(jnp.zeros_like, params)

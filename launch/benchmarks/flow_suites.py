@@ -119,7 +119,7 @@ def _gflownet_tasks() -> Suite:
     }
     bars = {"tfbind8": 1.5, "ising": 1.5, "dag": 1.5, "bits": 1.3}
     # States that the gradient pass takes at a time where 128, as elsewhere, is not the fastest.
-    chunks = {"ising": 400, "bits": 256}
+    chunks = {"ising": 400, "bits": 240}
     lengths = {"tfbind8": 8, "ising": 100, "dag": 6, "bits": 15}
     variants = []
     for task, counts in updates.items():

@@ -231,7 +231,7 @@ def hypergrid_flow(
     log_z_learning_rate: float = 0.1,
     epsilon: float = 0.1,
     frozen: bool = False,
-    chunk_size: int = 160,
+    chunk_size: int = 144,
 ) -> FlowParts:
     """Trajectory balance on the hypergrid, learned P_B on the shared trunk.
 
@@ -244,7 +244,7 @@ def hypergrid_flow(
         log_z_learning_rate: Adam's rate for log Z.
         epsilon: exploration at the first update, annealed linearly to 0 over 30,000.
         frozen: rates of zero (schedules, so that no work can be left out).
-        chunk_size: states evaluated at a time in the gradient pass; 160 hold most batches of the
+        chunk_size: states evaluated at a time in the gradient pass; 144 hold most batches of the
             short trajectories.
     """
     environment = hypergrid(dim=dim, side=side)

@@ -84,7 +84,7 @@ FLOW_OBJECTIVES = (
 
 
 def _flow_objectives() -> Table:
-    """The easier grid, R0 = 0.1, and the recipe's own, where the way between modes is all but shut."""
+    """The easier grid, R0 = 0.1, and the recipe's own, whose modes are all but cut off."""
     return Table(
         "Flows on the 8 x 8 grid by every objective: exact total variation after 1,000 updates",
         tuple(

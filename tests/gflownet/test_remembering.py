@@ -12,7 +12,7 @@ import pytest
 from small_environments import SMALL
 
 from ebjax.parallel import is_side_by_side, side_by_side
-from gflownet import forward_rollout, rollout, score
+from gflownet import compaction, forward_rollout, rollout, score, scoring
 from gflownet.environments import hypergrid
 from gflownet.objectives import detailed_balance, trajectory_balance
 from gflownet.policies import mlp_policy, separate_backward, transformer_policy
@@ -210,3 +210,30 @@ def test_other_layers_are_refused(change, message):
     outputs = outputs[:1] if change < 0 else (*outputs, outputs[-1])
     with pytest.raises(ValueError, match=message):
         recalled(block.apply, outputs, params, jnp.ones(5))
+
+
+@pytest.mark.parametrize("backward", ["learned", "uniform"])
+def test_ends_are_evaluated_only_where_their_backward_law_is_learned(backward, monkeypatch):
+    environment = ENVIRONMENTS["sets_5_3"]()
+    policy = mlp_policy(environment.num_actions, (8,), backward=backward)
+    params = start(environment, policy)["policy"]
+    trajectories = jax.jit(lambda p: forward_rollout(KEYS, environment, policy, p))(params)
+    evaluated = []
+
+    def compact_map(*args, **options):
+        evaluated.append(int(args[3].sum()))
+        return compaction.compact_map(*args, **options)
+
+    monkeypatch.setattr(scoring, "compact_map", compact_map)
+
+    def total(params, is_on_policy):
+        scores = score(environment, policy, params, trajectories, is_on_policy=is_on_policy)
+        return jnp.sum(scores.log_pf**2) + jnp.sum(scores.log_pb**2)
+
+    on_policy, anew = (jax.grad(total)(params, is_on) for is_on in (True, False))
+    compare = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(compare, on_policy, anew)
+    num_ends = len(KEYS)
+    left = int(trajectories.valid.sum())
+    # Every state that was left has several ways on, and every end several ways back.
+    assert evaluated == [left + num_ends * (backward == "learned"), left + num_ends]

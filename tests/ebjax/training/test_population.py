@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from ebjax.parallel import is_side_by_side
 from ebjax.training import (
     Range,
     ScheduleConfig,
@@ -35,11 +36,15 @@ class ToyConfig(ScheduleConfig):
     clip: float = setting(0.0, "0: none")
 
 
+traced: list[bool] = []  # of each trace of a loss, whether it knew that others are beside it
+
+
 def build(config):
     """Jaderberg's: the loss sees a weighted sum of squares, the figure an equal one."""
 
     def loss(params, carry, keys, batch):
         weights = jnp.stack([jnp.asarray(config.first), jnp.asarray(config.second)])
+        traced.append(is_side_by_side())
         return jnp.sum(weights * jnp.square(params)), (carry, {})
 
     def figures(key, state):
@@ -119,7 +124,10 @@ def test_exploitation_finds_what_no_member_can():
 
 def test_a_member_is_the_run_that_it_is_alone():
     ranges = {"first": Range(0.1, 1.0), "learning_rate": Range(1e-3, 1e-1, is_log=True)}
+    traced.clear()
     population, _ = run_toy(ranges, num_rounds=4, num_steps=40, quantile=0.0, seed=3)
+    assert set(traced) == {True}
+    traced.clear()
     for i, state in enumerate(population.states):
         own = {name: float(values[i]) for name, values in population.settings.items()}
         config = ToyConfig(num_steps=40, seed=3 + i, **own)
@@ -127,6 +135,7 @@ def test_a_member_is_the_run_that_it_is_alone():
         np.testing.assert_allclose(state.params, alone.params, rtol=1e-5)
         np.testing.assert_allclose(state.ema, alone.ema, rtol=1e-5)
         assert int(state.step) == 40
+    assert set(traced) == {False}
 
 
 def test_copies_are_whole_and_only_they_change():

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from ebjax.loading import RECIPES, find_recipe
-from ebjax.parallel import AXIS_NAME
+from ebjax.parallel import AXIS_NAME, is_side_by_side
 from ebjax.training import TrainingConfig, init_state, make_update, train, train_seeds
 from ebjax.types import Objective, Run, Source
 
@@ -106,7 +106,8 @@ def fits_a_number(limit):
 
     def loss(params, carry, keys, batch):
         value = jnp.mean(jnp.square(params - batch))
-        return jnp.where(jnp.max(batch) > limit, jnp.nan, value), (carry, {})
+        metrics = {"side_by_side": jnp.asarray(is_side_by_side(), float)}
+        return jnp.where(jnp.max(batch) > limit, jnp.nan, value), (carry, metrics)
 
     return Run(
         init=lambda key: jnp.zeros(()),
@@ -130,7 +131,14 @@ def test_a_seed_that_diverges_leaves_the_others_alone():
     )
     is_bad = [state is None for state in states]
     assert 0 < sum(is_bad) < 6
-    without_limit = train_seeds(fits_a_number(np.inf), configs)
+    rows = []
+    without_limit = train_seeds(
+        fits_a_number(np.inf), configs, on_log=lambda i, step, metrics: rows.append(metrics)
+    )
+    # They know that they are not alone, and one that is knows it too.
+    assert {row["side_by_side"] for row in rows} == {1.0}
+    train(fits_a_number(np.inf), base, on_log=lambda s, metrics, _: rows.append(metrics))
+    assert rows[-1]["side_by_side"] == 0.0
     for i, state in enumerate(states):
         if state is not None:
             close(state, without_limit[i], rtol=1e-6)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from ebjax.parallel import on_accelerator
 from ebjax.types import Params, PyTree
 from gflownet.distributions import MaskedCategorical
-from gflownet.remembering import remembered
+from gflownet.policies.remembering import remembered
 from gflownet.types import Environment, Memory, Policy, State, Trajectories
 
 __all__ = ["backward_rollout", "forward_rollout"]

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from ebjax.types import Params, PyTree
 from gflownet.compaction import compact_map
 from gflownet.distributions import MaskedCategorical
-from gflownet.remembering import recalled
+from gflownet.policies.remembering import recalled
 from gflownet.types import Environment, Policy, PolicyOutput, State, Trajectories
 
 __all__ = ["Scores", "at_states", "score"]

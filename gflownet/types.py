@@ -184,7 +184,7 @@ class Policy(NamedTuple):
       apply: ``(params, observation, forward_mask, backward_mask) -> PolicyOutput`` for one state.
         What a caller does not use is not computed.
       remembers: whether the outputs of its dense layers may be kept by a rollout for the gradient;
-        ``gflownet.remembering`` says of which functions.
+        ``gflownet.policies.remembering`` says of which functions.
     """
 
     init: Callable[[jax.Array, Observation], Params]

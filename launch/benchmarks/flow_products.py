@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gflownet.remembering import recalled, remembered
+from gflownet.policies.remembering import recalled, remembered
 from gflownet.rollout import forward_rollout
 from gflownet.types import Environment, Policy
 from launch.benchmarks.flow_tasks import own_flow

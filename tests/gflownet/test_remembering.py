@@ -16,7 +16,7 @@ from gflownet import compaction, forward_rollout, rollout, score, scoring
 from gflownet.environments import hypergrid
 from gflownet.objectives import detailed_balance, trajectory_balance
 from gflownet.policies import mlp_policy, separate_backward, transformer_policy
-from gflownet.remembering import recalled, remembered
+from gflownet.policies.remembering import recalled, remembered
 from gflownet.sampling import forward_sampler, mixed_sampler
 
 KEYS = jax.random.split(jax.random.key(1), 16)

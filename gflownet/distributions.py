@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ebjax.numerics import full_precision_matmul, masked_log_softmax
+from gflownet.types import Distribution
 
-__all__ = ["MaskedCategorical"]
+__all__ = ["MaskedCategorical", "is_uniform"]
 
 _BLOCK = 64
 
@@ -92,6 +93,11 @@ class MaskedCategorical(NamedTuple):
     def behave(self, logits: jax.Array) -> MaskedCategorical:
         """The same law with ``sample`` by other logits [A], before uniform exploration."""
         return self._replace(behaviour_logits=logits)
+
+
+def is_uniform(law: Distribution) -> bool:
+    """Whether a law is the uniform one over what is allowed, which no parameters change."""
+    return isinstance(law, MaskedCategorical) and law.logits is None
 
 
 def _running_sum(values: jax.Array) -> jax.Array:

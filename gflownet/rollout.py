@@ -7,6 +7,7 @@ accelerator, on which a step that nobody needs costs less than the question, ask
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 
 from ebjax.parallel import on_accelerator
 from ebjax.types import Params, PyTree
-from gflownet.distributions import MaskedCategorical
+from gflownet.distributions import MaskedCategorical, is_uniform
 from gflownet.policies.remembering import remembered
 from gflownet.types import Environment, Memory, Policy, State, Trajectories
 
@@ -29,7 +30,7 @@ MIN_LANES = 4
 MAX_PHASES = 3
 MIN_LENGTH = 32
 # Outputs of layers that are kept are at most so many bytes, or else none are.
-MAX_LOG_BYTES = 2**28
+MAX_MEMORY_BYTES = 2**28
 # On an accelerator, steps between two questions whether any lane goes on.
 STEPS_A_LOOK = 16
 
@@ -59,28 +60,21 @@ class _Step(NamedTuple):
 
 
 class _Buffers(NamedTuple):
-    """What a rollout writes, one row a time step; ``row`` is where in the ``_Log`` a lane is."""
+    """What a rollout writes, one row a time step; the fewer arrays, the less a step costs.
+
+    Attributes:
+      states: [T, B, ...] that the steps start from.
+      actions: [T, B].
+      flags: [T, B, 2] bool, whether the trajectory moves, and whether there was a choice.
+      log_probs: [T, B, 2] of the action here, and of the one before in the other direction.
+      log_flow: [T, B] or ``None``.
+    """
 
     states: State
     actions: PyTree
-    valid: jax.Array
-    is_choice: jax.Array
-    here: jax.Array
-    last: jax.Array
+    flags: jax.Array
+    log_probs: jax.Array
     log_flow: jax.Array | None
-    row: jax.Array
-
-
-class _Log(NamedTuple):
-    """Outputs of layers, a row an evaluation; sorting lanes leaves them where they are.
-
-    Attributes:
-      outputs: [N, ...].
-      num_rows: [] int32, those written.
-    """
-
-    outputs: tuple[jax.Array, ...]
-    num_rows: jax.Array
 
 
 class _Lanes(NamedTuple):
@@ -132,7 +126,7 @@ def _write(buffers: PyTree, rows: PyTree, t: jax.Array) -> PyTree:
     )
 
 
-def _roll(keys, environment: Environment, start, transition, *, extra_step: bool):
+def _roll(keys, environment: Environment, start, transition, at_end=None):
     """Repeats ``transition`` over the batch until no trajectory moves.
 
     Args:
@@ -140,11 +134,11 @@ def _roll(keys, environment: Environment, start, transition, *, extra_step: bool
       environment: for its length.
       start: [B, ...] states.
       transition: ``(noise, state, last action, is first step) -> _Step`` for one trajectory.
-      extra_step: whether one more evaluation follows the last action.
+      at_end: the same of the last states, whose ``last``, ``is_choice`` and what else it gives
+        belong to the row after the last step; ``None`` where nothing is asked of them.
 
     Returns:
-      ``(final states, buffers, log)``; row t of the buffers belongs to step t, ``here`` is the
-      log-probability of the action taken at t and ``last`` that of the one before.
+      ``(final states, buffers, memory)``; row t of the buffers belongs to step t.
     """
     length, batch_size = environment.max_length, keys.shape[0]
     step_keys = jax.vmap(lambda key: jax.random.split(key, length + 1), out_axes=1)(keys)
@@ -154,7 +148,7 @@ def _roll(keys, environment: Environment, start, transition, *, extra_step: bool
     rows = num_looks * steps_a_look  # the last may be of no step
     shape = (rows, batch_size)
 
-    def take_step(noise, lanes, is_first):
+    def take_step(noise, lanes, is_first, transition=transition):
         return jax.vmap(transition, (0, 0, 0, None))(noise, lanes.state, lanes.action, is_first)
 
     lanes = _Lanes(
@@ -167,51 +161,51 @@ def _roll(keys, environment: Environment, start, transition, *, extra_step: bool
     first = jax.tree.map(lambda leaf: leaf[0], noise)
     shapes = jax.eval_shape(take_step, first, lanes, jnp.asarray(True))
     flow = shapes.log_flow
-    log = _empty_log(shapes.outputs, rows)
+    outputs = _room_for_outputs(shapes.outputs, rows + 1)
     buffers = _Buffers(
         states=jax.tree.map(lambda leaf: jnp.zeros((rows, *leaf.shape), leaf.dtype), start),
         actions=environment.action(jnp.zeros(shape, jnp.int32)),
-        valid=jnp.zeros(shape, bool),
-        is_choice=jnp.zeros(shape, bool),
-        here=jnp.zeros(shape),
-        last=jnp.zeros(shape),
+        flags=jnp.zeros((*shape, 2), bool),
+        log_probs=jnp.zeros((*shape, 2)),
         log_flow=None if flow is None else jnp.zeros(shape, flow.dtype),
-        row=jnp.zeros(shape, jnp.int32),
     )
 
-    def advance(noise, loop):
-        t, lanes, buffers, log = loop
+    def advance(noise, first_row, loop):
+        t, lanes, buffers, outputs = loop
         own = jax.tree.map(lambda leaf: leaf[jnp.minimum(t, length), : len(lanes.moved)], noise)
         step = take_step(own, lanes, t == 0)
         moves = step.moves
         row = _Buffers(
             states=lanes.state,
             actions=step.action,
-            valid=moves,
-            is_choice=step.is_choice & (moves | lanes.moved),
-            here=jnp.where(moves, step.here, 0.0),
-            last=jnp.where(lanes.moved, step.last, 0.0),
+            flags=jnp.stack([moves, step.is_choice & (moves | lanes.moved)], axis=-1),
+            log_probs=jnp.where(
+                jnp.stack([moves, lanes.moved], axis=-1),
+                jnp.stack([step.here, step.last], axis=-1),
+                0.0,
+            ),
             log_flow=step.log_flow,
-            row=log.num_rows + jnp.arange(len(moves)),
         )
-        outputs = step.outputs[: len(log.outputs)]
-        log = _Log(_write(log.outputs, outputs, log.num_rows), log.num_rows + len(moves))
+        buffers = _write(buffers, jax.tree.map(lambda leaf: leaf[None], row), t)
+        # As many rows a step as there are lanes.
+        outputs = _write(outputs, step.outputs[: len(outputs)], first_row + t * len(moves))
         states = _select(moves, step.state, lanes.state)
-        goes_on = moves if extra_step else moves & jax.vmap(can_move)(states)
+        goes_on = moves if at_end is not None else moves & jax.vmap(can_move)(states)
         lanes = _Lanes(lanes.trajectory, states, step.action, moves, goes_on)
-        return t + 1, lanes, _write(buffers, jax.tree.map(lambda leaf: leaf[None], row), t), log
+        return t + 1, lanes, buffers, outputs
 
     def can_move(state):
         return environment.forward_mask(state).any()
 
-    t = jnp.zeros((), jnp.int32)
+    t = num_rows = jnp.zeros((), jnp.int32)
+    row = jnp.zeros(shape, jnp.int32)  # of the outputs at a state
     sizes = _lane_counts(environment, batch_size)
     for size, next_size in zip(sizes, [*sizes[1:], 0], strict=True):
         # The lanes that go on come first; the others wait outside of the loop.
         if size < batch_size:
             order = jnp.argsort(~lanes.goes_on, stable=True)
             lanes = _take(lanes, order, axis=0)
-            noise, buffers = _take((noise, buffers), order, axis=1)
+            noise, buffers, row = _take((noise, buffers, row), order, axis=1)
         working, waiting = (
             _take(lanes, slice(size), axis=0),
             _take(lanes, slice(size, None), axis=0),
@@ -219,33 +213,65 @@ def _roll(keys, environment: Environment, start, transition, *, extra_step: bool
 
         def has_work(loop, next_size=next_size):
             t, lanes, *_ = loop
-            return (lanes.goes_on.sum() > next_size) & (t < rows)
+            return (lanes.goes_on.sum() > next_size) & (t < length)
 
-        def take_steps(loop, noise=noise):
+        first_row = num_rows - t * size
+
+        def take_steps(loop, noise=noise, first_row=first_row):
+            step = functools.partial(advance, noise, first_row)
             if steps_a_look == 1:
-                return advance(noise, loop)
-            return jax.lax.fori_loop(0, steps_a_look, lambda _, loop: advance(noise, loop), loop)
+                return step(loop)
+            return jax.lax.fori_loop(0, steps_a_look, lambda _, loop: step(loop), loop)
 
-        loop = (t, working, buffers, log)
-        t, working, buffers, log = jax.lax.while_loop(has_work, take_steps, loop)
+        loop = (t, working, buffers, outputs)
+        end, working, buffers, outputs = jax.lax.while_loop(has_work, take_steps, loop)
+        steps, lane = jnp.arange(rows)[:, None], jnp.arange(batch_size)
+        is_new = (t <= steps) & (steps < end) & (lane < size)
+        row = jnp.where(is_new, first_row + steps * size + lane, row)
+        t, num_rows = end, num_rows + (end - t) * size
         lanes = jax.tree.map(lambda *parts: jnp.concatenate(parts), working, waiting)
     if len(sizes) > 1:
         back = jnp.argsort(lanes.trajectory)
-        lanes, buffers = _take(lanes, back, axis=0), _take(buffers, back, axis=1)
-    return lanes.state, _take(buffers, slice(length + 1), axis=0), log
+        lanes = _take(lanes, back, axis=0)
+        buffers, row = _take((buffers, row), back, axis=1)
+    if at_end is not None:
+        trajectory, end = jnp.arange(batch_size), buffers.flags[..., 0].sum(axis=0)
+        actions = jax.tree.map(
+            lambda leaf: leaf[jnp.maximum(end - 1, 0), trajectory], buffers.actions
+        )
+        step = take_step(first, lanes._replace(action=actions), jnp.asarray(False), at_end)
+        moved, none = end > 0, jnp.zeros(batch_size, bool)
+        written = {
+            "flags": jnp.stack([none, moved & step.is_choice], axis=-1),
+            "log_probs": jnp.stack(
+                [jnp.zeros(batch_size), jnp.where(moved, step.last, 0.0)], axis=-1
+            ),
+        }
+        if step.log_flow is not None:
+            written["log_flow"] = step.log_flow
+        buffers = buffers._replace(
+            **{
+                name: (old := getattr(buffers, name)).at[end, trajectory].set(new.astype(old.dtype))
+                for name, new in written.items()
+            }
+        )
+        if step.outputs:
+            outputs = _write(outputs, step.outputs[: len(outputs)], num_rows)
+            row = row.at[end, trajectory].set(num_rows + trajectory)
+    buffers, row = _take((buffers, row), slice(length + 1), axis=0)
+    return lanes.state, buffers, Memory(outputs, row) if outputs else None
 
 
 def _take(tree: PyTree, index, *, axis: int) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[(slice(None),) * axis + (index,)], tree)
 
 
-def _empty_log(outputs: PyTree, rows: int) -> _Log:
-    """Room for ``rows`` times the outputs of all lanes, or none where that is too much."""
+def _room_for_outputs(outputs: PyTree, rows: int) -> tuple[jax.Array, ...]:
+    """Zeros for ``rows`` times the outputs of all lanes, or none where that is too much."""
     size = rows * sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in outputs)
-    if size > MAX_LOG_BYTES:
-        outputs = ()
-    room = [jnp.zeros((rows * leaf.shape[0], *leaf.shape[1:]), leaf.dtype) for leaf in outputs]
-    return _Log(tuple(room), jnp.zeros((), jnp.int32))
+    if size > MAX_MEMORY_BYTES:
+        return ()
+    return tuple(jnp.zeros((rows * leaf.shape[0], *leaf.shape[1:]), leaf.dtype) for leaf in outputs)
 
 
 def _lane_counts(environment: Environment, batch_size: int) -> list[int]:
@@ -304,7 +330,7 @@ def forward_rollout(
         start = jax.vmap(environment.initial)(keys)
     params, reward_params = jax.lax.stop_gradient((params, reward_params))
 
-    def transition(noise, state, last_action, is_first):
+    def transition(noise, state, last_action, is_first, *, is_end=False):
         forward_mask = environment.forward_mask(state)
         inputs = (environment.observe(state), forward_mask, environment.backward_mask(state))
         outputs: tuple[jax.Array, ...] = ()
@@ -326,34 +352,36 @@ def forward_rollout(
             output.forward.log_prob(action),
             output.backward.log_prob(last_action),
             is_choice,
-            output.log_flow,
-            outputs,
+            None if is_end else output.log_flow,
+            () if is_end and is_uniform(output.backward) else outputs,
         )
 
     # P_B of the last step is told by the state after it, unless it undoes a stop: then it is 1.
-    final, buffers, log = _roll(
+    at_end = functools.partial(transition, is_end=True)
+    final, buffers, memory = _roll(
         keys,
         environment,
         start,
         transition,
-        extra_step=environment.stop_action is None,
+        at_end if environment.stop_action is None else None,
     )
     # The loop may end before it would write the last state of the longest trajectories.
-    length, trajectory = buffers.valid.sum(axis=0), jnp.arange(keys.shape[0])
+    valid, is_choice = buffers.flags[..., 0], buffers.flags[..., 1]
+    length, trajectory = valid.sum(axis=0), jnp.arange(keys.shape[0])
     states = jax.tree.map(
         lambda leaf, end: leaf.at[length, trajectory].set(end), buffers.states, final
     )
     trajectories = Trajectories(
         states=states,
         actions=jax.tree.map(lambda leaf: leaf[:-1], buffers.actions),
-        valid=buffers.valid[:-1],
-        is_choice=buffers.is_choice,
-        log_pf=buffers.here[:-1],
-        log_pb=buffers.last[1:],
+        valid=valid[:-1],
+        is_choice=is_choice,
+        log_pf=buffers.log_probs[:-1, :, 0],
+        log_pb=buffers.log_probs[1:, :, 1],
         terminal=final,
         log_reward=jax.vmap(environment.log_reward, (None, 0))(reward_params, final),
-        log_flow=_where_left(buffers.log_flow, buffers.valid),
-        memory=Memory(log.outputs, buffers.row) if log.outputs else None,
+        log_flow=_where_left(buffers.log_flow, valid),
+        memory=memory,
     )
     return jax.lax.stop_gradient(trajectories)
 
@@ -403,8 +431,9 @@ def backward_rollout(
         )
 
     # The last evaluation, at the source, tells P_F of the first action.
-    final, buffers, _ = _roll(keys, environment, terminal, transition, extra_step=True)
-    length = buffers.valid.sum(axis=0)
+    final, buffers, _ = _roll(keys, environment, terminal, transition, transition)
+    length = buffers.flags[..., 0].sum(axis=0)
+    here, last = buffers.log_probs[..., 0], buffers.log_probs[..., 1]
     rows = jnp.arange(environment.max_length + 1)[:, None]
 
     def reverse(leaf, shift):
@@ -420,9 +449,9 @@ def backward_rollout(
         states=states,
         actions=_select(valid, actions, environment.action(jnp.zeros_like(valid, jnp.int32))),
         valid=valid,
-        is_choice=reverse(buffers.is_choice, 0) & (rows <= length),
-        log_pf=jnp.where(valid, reverse(buffers.last, 0)[:-1], 0.0),
-        log_pb=jnp.where(valid, reverse(buffers.here, 1)[:-1], 0.0),
+        is_choice=reverse(buffers.flags[..., 1], 0) & (rows <= length),
+        log_pf=jnp.where(valid, reverse(last, 0)[:-1], 0.0),
+        log_pb=jnp.where(valid, reverse(here, 1)[:-1], 0.0),
         terminal=terminal,
         log_reward=jax.vmap(environment.log_reward, (None, 0))(reward_params, terminal),
         log_flow=_where_left(log_flow, rows < length),

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from ebjax.types import Params, PyTree
 from gflownet.compaction import compact_map
-from gflownet.distributions import MaskedCategorical
+from gflownet.distributions import is_uniform
 from gflownet.policies.remembering import recalled
 from gflownet.types import Environment, Policy, PolicyOutput, State, Trajectories
 
@@ -187,8 +187,7 @@ def _learns_backward(
         return policy.apply(params, environment.observe(state), *masks).backward
 
     one = jax.tree.map(lambda leaf: leaf[0, 0], states)
-    law = jax.eval_shape(backward, params, one)
-    return not (isinstance(law, MaskedCategorical) and law.logits is None)
+    return not is_uniform(jax.eval_shape(backward, params, one))
 
 
 def _concatenate(first: PyTree, second: PyTree) -> PyTree:

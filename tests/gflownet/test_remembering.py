@@ -139,9 +139,9 @@ def test_nothing_is_kept_of(monkeypatch):
     assert not transformer_policy(2, environment.num_actions).remembers
     # More than there is room for.
     size = sum(leaf.nbytes for leaf in memory().outputs)
-    monkeypatch.setattr(rollout, "MAX_LOG_BYTES", size)
+    monkeypatch.setattr(rollout, "MAX_MEMORY_BYTES", size)
     assert memory() is not None
-    monkeypatch.setattr(rollout, "MAX_LOG_BYTES", size - 1)
+    monkeypatch.setattr(rollout, "MAX_MEMORY_BYTES", size - 1)
     assert memory() is None
 
 

@@ -235,31 +235,33 @@ def _roll(keys, environment: Environment, start, transition, at_end=None):
         lanes = _take(lanes, back, axis=0)
         buffers, row = _take((buffers, row), back, axis=1)
     if at_end is not None:
-        trajectory, end = jnp.arange(batch_size), buffers.flags[..., 0].sum(axis=0)
-        actions = jax.tree.map(
-            lambda leaf: leaf[jnp.maximum(end - 1, 0), trajectory], buffers.actions
-        )
-        step = take_step(first, lanes._replace(action=actions), jnp.asarray(False), at_end)
-        moved, none = end > 0, jnp.zeros(batch_size, bool)
-        written = {
-            "flags": jnp.stack([none, moved & step.is_choice], axis=-1),
-            "log_probs": jnp.stack(
-                [jnp.zeros(batch_size), jnp.where(moved, step.last, 0.0)], axis=-1
-            ),
-        }
-        if step.log_flow is not None:
-            written["log_flow"] = step.log_flow
-        buffers = buffers._replace(
-            **{
-                name: (old := getattr(buffers, name)).at[end, trajectory].set(new.astype(old.dtype))
-                for name, new in written.items()
-            }
-        )
-        if step.outputs:
-            outputs = _write(outputs, step.outputs[: len(outputs)], num_rows)
-            row = row.at[end, trajectory].set(num_rows + trajectory)
+        step_of = functools.partial(take_step, first, transition=at_end)
+        buffers, outputs, row = _write_ends(step_of, lanes, buffers, outputs, row, num_rows)
     buffers, row = _take((buffers, row), slice(length + 1), axis=0)
     return lanes.state, buffers, Memory(outputs, row) if outputs else None
+
+
+def _write_ends(step_of, lanes: _Lanes, buffers: _Buffers, outputs, row, num_rows):
+    """``(buffers, outputs, row)`` with what ``step_of(lanes, False)`` says of the last states.
+
+    It stands in the row after the last step of each trajectory.
+    """
+    trajectory, end = lanes.trajectory, buffers.flags[..., 0].sum(axis=0)
+    last_step = jnp.maximum(end - 1, 0), trajectory
+    actions = jax.tree.map(lambda leaf: leaf[last_step], buffers.actions)
+    step = step_of(lanes._replace(action=actions), jnp.asarray(False))
+    moved, last = end > 0, step.last.astype(buffers.log_probs.dtype)
+    at = end, trajectory
+    buffers = buffers._replace(
+        flags=buffers.flags.at[(*at, 1)].set(moved & step.is_choice),
+        log_probs=buffers.log_probs.at[(*at, 1)].set(jnp.where(moved, last, 0.0)),
+    )
+    if step.log_flow is not None:
+        buffers = buffers._replace(log_flow=buffers.log_flow.at[at].set(step.log_flow))
+    if step.outputs:
+        outputs = _write(outputs, step.outputs[: len(outputs)], num_rows)
+        row = row.at[at].set(num_rows + trajectory)
+    return buffers, outputs, row
 
 
 def _take(tree: PyTree, index, *, axis: int) -> PyTree:

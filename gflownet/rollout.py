@@ -256,7 +256,7 @@ def _write_ends(step_of, lanes: _Lanes, buffers: _Buffers, outputs, row, num_row
         flags=buffers.flags.at[(*at, 1)].set(moved & step.is_choice),
         log_probs=buffers.log_probs.at[(*at, 1)].set(jnp.where(moved, last, 0.0)),
     )
-    if step.log_flow is not None:
+    if buffers.log_flow is not None and step.log_flow is not None:
         buffers = buffers._replace(log_flow=buffers.log_flow.at[at].set(step.log_flow))
     if step.outputs:
         outputs = _write(outputs, step.outputs[: len(outputs)], num_rows)

@@ -244,8 +244,8 @@ def hypergrid_flow(
         log_z_learning_rate: Adam's rate for log Z.
         epsilon: exploration at the first update, annealed linearly to 0 over 30,000.
         frozen: rates of zero (schedules, so that no work can be left out).
-        chunk_size: states evaluated at a time in the gradient pass; 144 hold most batches of the
-            short trajectories.
+        chunk_size: states evaluated at a time in the gradient pass; 144 hold an average batch of
+            the short trajectories.
     """
     environment = hypergrid(dim=dim, side=side)
     policy = mlp_policy(environment.num_actions, hidden)

@@ -26,6 +26,7 @@ from ebjax.objectives.minimum_probability_flow import minimum_probability_flow
 from ebjax.objectives.noise_contrastive import NoiseLaw, noise_contrastive, noise_law
 from ebjax.objectives.pseudolikelihood import pseudolikelihood
 from ebjax.objectives.ratio_matching import ratio_matching
+from ebjax.objectives.rbm_contrastive_divergence import rbm_persistent_contrastive_divergence
 from ebjax.objectives.recovery_likelihood import recovery_likelihood, recovery_sample
 from ebjax.objectives.recovery_schedule import RecoverySchedule, cosine_noise, recovery_schedule
 from ebjax.objectives.regularizers import (
@@ -71,6 +72,7 @@ __all__ = [
     "persistent_contrastive_divergence",
     "pseudolikelihood",
     "ratio_matching",
+    "rbm_persistent_contrastive_divergence",
     "recovery_likelihood",
     "recovery_sample",
     "recovery_schedule",

@@ -140,7 +140,7 @@ def takes_example(initial_position: Callable[..., Position]) -> bool:
     return sum(p.kind in positional and p.default is p.empty for p in parameters) >= 2
 
 
-def _birth(rules: ChainRules, key: jax.Array, example: PyTree) -> Position:
+def birth(rules: ChainRules, key: jax.Array, example: PyTree) -> Position:
     if takes_example(rules.initial_position):
         return rules.initial_position(key, example)
     return rules.initial_position(key)
@@ -154,7 +154,7 @@ def start_chains(key: jax.Array, rules: ChainRules, batch: PyTree) -> Persistent
     first, others = jnp.arange(batch_size)[:, None], jnp.arange(rules.chains_per_example)
     index = (first + others) % batch_size
     examples = jax.tree.map(lambda leaf: leaf[index], batch)
-    position = jax.vmap(jax.vmap(lambda k, example: _birth(rules, k, example)))(keys, examples)
+    position = jax.vmap(jax.vmap(lambda k, example: birth(rules, k, example)))(keys, examples)
     dtype = jnp.result_type(float)
     return PersistentChains(
         position=position,
@@ -214,7 +214,7 @@ def _advance_one(key, rules, energy_fn, frozen_and_params, chains, example):
         # A birth may cost as much as a step: none is drawn where none can happen.
         is_reborn = jax.random.bernoulli(rebirth_key, rules.rebirth_probability)
         born = kept._replace(
-            position=_birth(rules, birth_key, example),
+            position=birth(rules, birth_key, example),
             age=jnp.zeros_like(kept.age),
             context=example[1] if rules.has_context else (),
         )

@@ -30,11 +30,9 @@ import optax
 
 from ebjax.data import array_source, load_dataset, split
 from ebjax.energies.boltzmann import MAX_STATES, RBMParams, rbm_free_energy, rbm_log_z
-from ebjax.objectives.contrastive_divergence import (
-    contrastive_divergence,
-    persistent_contrastive_divergence,
-)
+from ebjax.objectives.contrastive_divergence import contrastive_divergence
 from ebjax.objectives.pseudolikelihood import pseudolikelihood_loss
+from ebjax.objectives.rbm_contrastive_divergence import rbm_persistent_contrastive_divergence
 from ebjax.samplers.rbm_marginal import (
     rbm_annealed_log_likelihood,
     rbm_annealed_log_z,
@@ -188,9 +186,7 @@ def _binary_images(config: RBMConfig) -> _Images:
 def _objective(config: RBMConfig, kernel: Kernel, independent_pixels) -> Objective:
     if config.method == "from_data":
         return contrastive_divergence(rbm_free_energy, kernel, num_steps=config.gibbs_steps)
-    return persistent_contrastive_divergence(
-        rbm_free_energy,
-        kernel,
+    return rbm_persistent_contrastive_divergence(
         independent_pixels,
         num_steps=config.gibbs_steps,
         chains_per_example=config.chains_per_example,

@@ -1,10 +1,9 @@
 """Persistent contrastive divergence of a restricted Boltzmann machine, here and in scikit-learn.
 
 Binary images of independent pixels; PCD-1, a chain an example, plain gradient descent on the mean
-over the batch, no weight decay. scikit-learn's `BernoulliRBM` keeps the hidden units of its chains
-from the last update, this package the visible ones, which costs it one product more. What no code
-around them can save is timed by itself: the products of matrices of an update, and its random
-numbers.
+over the batch, no weight decay. Both keep the hidden units of a chain from one update to the next.
+What no code around them can save is timed by itself: the products of matrices of an update, and its
+random numbers.
 """
 
 import time
@@ -17,10 +16,9 @@ import numpy as np
 import optax
 
 from ebjax.data import array_source
-from ebjax.energies.boltzmann import rbm, rbm_free_energy
-from ebjax.objectives.contrastive_divergence import persistent_contrastive_divergence
+from ebjax.energies.boltzmann import rbm
+from ebjax.objectives.rbm_contrastive_divergence import rbm_persistent_contrastive_divergence
 from ebjax.samplers.discrete import uniforms
-from ebjax.samplers.rbm_marginal import rbm_marginal_gibbs
 from launch.benchmarks.own import training_workload
 from launch.benchmarks.workload import Workload
 
@@ -59,13 +57,10 @@ def ebjax_updates(
     def pixels(key: jax.Array) -> jax.Array:
         return jax.random.bernoulli(key, 0.2, (num_visible,)).astype(jnp.float32)
 
-    objective = persistent_contrastive_divergence(
-        rbm_free_energy, rbm_marginal_gibbs(), pixels, num_steps=1, rebirth_probability=0.0
-    )
     return training_workload(
         f"ebjax RBM {num_visible} x {num_hidden}",
         lambda key: rbm(num_hidden).init(key, jnp.zeros(num_visible)),
-        objective,
+        rbm_persistent_contrastive_divergence(pixels),
         optax.sgd(learning_rate),
         array_source(_images(num_visible, seed)),
         batch_size=batch_size,
@@ -82,8 +77,8 @@ def products_and_draws(
 ) -> Workload:
     """The floor of `ebjax_updates`: what of an update is left if all else is free.
 
-    Two products for a step of the chains, one over data and samples for their energies and one for
-    the gradient, and a uniform number a unit.
+    A product that draws the samples, one over data and samples for their energies and the next
+    hidden units, one for the gradient, and a uniform number a unit.
 
     Args:
         num_visible: pixels V.
@@ -92,29 +87,32 @@ def products_and_draws(
         num_updates: repetitions in one `run()`.
         seed: of the numbers.
     """
-    shape = (batch_size, num_visible + num_hidden)
+    images = jnp.asarray(_images(num_visible, seed)[:batch_size])
 
     def update(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        weights, visible = carry
+        weights, hidden = carry
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), i), batch_size)
-        uniform = jax.vmap(lambda key: uniforms(key, shape[1:], jnp.float32))(keys)
-        hidden = uniform[:, num_visible:] + visible @ weights
+        uniform = jax.vmap(lambda key: uniforms(key, (num_visible + num_hidden,), jnp.float32))(
+            keys
+        )
         samples = uniform[:, :num_visible] + hidden @ weights.T
-        both = jnp.concatenate([visible, samples])
+        both = jnp.concatenate([images, samples])
+        logits = both @ weights
         # What is computed is carried on, so that nothing can be left out.
-        return weights + 1e-12 * both.T @ (both @ weights), visible
+        hidden = uniform[:, num_visible:] + 1e-12 * logits[batch_size:]
+        return weights + 1e-12 * both.T @ logits, hidden
 
     @jax.jit
-    def updates(weights: jax.Array, visible: jax.Array) -> jax.Array:
-        return jax.lax.fori_loop(0, num_updates, update, (weights, visible))[0]
+    def updates(weights: jax.Array, hidden: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, num_updates, update, (weights, hidden))[0]
 
     weights = 0.01 * jax.random.normal(jax.random.key(seed), (num_visible, num_hidden))
-    visible = jnp.asarray(_images(num_visible, seed)[:batch_size])
+    hidden = jnp.zeros((batch_size, num_hidden))
     started = time.perf_counter()
-    jax.block_until_ready(updates(weights, visible))
+    jax.block_until_ready(updates(weights, hidden))
 
     def run() -> Mapping[str, float]:
-        return {"mean_weight": float(updates(weights, visible).mean())}
+        return {"mean_weight": float(updates(weights, hidden).mean())}
 
     return Workload(
         name=f"products and draws of an RBM {num_visible} x {num_hidden}",

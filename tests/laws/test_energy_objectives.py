@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+from ebjax.energies.boltzmann import rbm
 from ebjax.objectives.chain_divergence import ChainDivergence
 from ebjax.objectives.contrastive_divergence import (
     contrastive_divergence,
@@ -23,6 +24,7 @@ from ebjax.objectives.contrastive_divergence import (
 )
 from ebjax.objectives.cooperative import cooperative
 from ebjax.objectives.jarzynski import jarzynski
+from ebjax.objectives.rbm_contrastive_divergence import rbm_persistent_contrastive_divergence
 from ebjax.objectives.regularizers import energy_magnitude, gradient_penalty, regularized
 from ebjax.parallel import AXIS_NAME, data_parallel
 from ebjax.samplers import gibbs, langevin, mala
@@ -128,6 +130,13 @@ OBJECTIVES = {
     "contrastive_divergence": Case(
         lambda axis_name: contrastive_divergence(spin_energy, gibbs(), num_steps=2),
         spin_params,
+        binary_point,
+    ),
+    "rbm_persistent_contrastive_divergence": Case(
+        lambda axis_name: rbm_persistent_contrastive_divergence(
+            binary_point, num_steps=2, chains_per_example=2, rebirth_probability=0.3
+        ),
+        lambda key: rbm(3, scale=1.0).init(key, binary_point(key)),
         binary_point,
     ),
     "conditional_adaptive_contrastive_divergence": Case(

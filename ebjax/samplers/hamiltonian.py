@@ -17,7 +17,6 @@ Neal, "MCMC using Hamiltonian dynamics", Handbook of Markov Chain Monte Carlo, 2
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +32,6 @@ __all__ = [
     "any_chain",
     "check_step_size",
     "drift",
-    "inner_product",
     "inner_products",
     "kick",
     "leapfrog",
@@ -58,12 +56,6 @@ def check_step_size(step_size: Any) -> None:
     """Raises ``ValueError`` for a number that is no step size; arrays are not looked at."""
     if isinstance(step_size, (int, float, np.number)) and not 0.0 < step_size < float("inf"):
         raise ValueError(f"step_size is {step_size}; it must be positive and finite.")
-
-
-def inner_product(first: Position, second: Position) -> jax.Array:
-    """[] sum of the products of all components."""
-    products = jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), first, second))
-    return functools.reduce(jnp.add, products)
 
 
 def inner_products(*pairs: tuple[Position, Position]) -> list[jax.Array]:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from ebjax.numerics import random_normal_and_uniform
+from ebjax.numerics import inner_product, random_normal_and_uniform
 from ebjax.samplers.decision import metropolis, select
 from ebjax.samplers.evaluate import GradientState, init_with_gradient, value_and_gradient
 from ebjax.samplers.hamiltonian import (
@@ -27,7 +27,6 @@ from ebjax.samplers.hamiltonian import (
     any_chain,
     check_step_size,
     drift,
-    inner_product,
     kick,
 )
 from ebjax.samplers.metric import Metric, make_metric, scaled_gradient

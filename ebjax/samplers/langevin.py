@@ -24,9 +24,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy.typing as npt
-import optax
 
-from ebjax.numerics import all_finite, random_normal_like
+from ebjax.numerics import all_finite, inner_product, random_normal_like
 from ebjax.samplers.evaluate import value_and_gradient
 from ebjax.samplers.metric import make_metric, scaled_noise, velocity
 from ebjax.types import EnergyFn, Kernel, Params, Position, PyTree, bind
@@ -179,7 +178,7 @@ def _step(
     )
     info = LangevinInfo(
         energy=energy,
-        gradient_norm=optax.tree.norm(gradient),
+        gradient_norm=jnp.sqrt(inner_product(gradient, gradient)),
         is_finite=all_finite((energy, gradient)),
     )
     return LangevinState(position, count), info

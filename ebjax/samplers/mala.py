@@ -23,9 +23,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy.typing as npt
-import optax
 
-from ebjax.numerics import all_finite, random_normal_and_uniform
+from ebjax.numerics import all_finite, inner_product, random_normal_and_uniform
 from ebjax.samplers.decision import metropolis, select
 from ebjax.samplers.evaluate import GradientState, init_with_gradient
 from ebjax.samplers.langevin import check_positive
@@ -97,15 +96,10 @@ def log_proposal_ratio(
     start: GradientState, end: GradientState, *, step_size: Any, temperature: Any, metric: Metric
 ) -> jax.Array:
     """[] log q(start | end) - log q(end | start)."""
-    products = jax.tree.map(
-        lambda y, x, g_y, g_x: jnp.sum((y - x) * (g_x + g_y)),
-        end.position,
-        start.position,
-        end.gradient,
-        start.gradient,
-    )
+    move = jax.tree.map(jnp.subtract, end.position, start.position)
+    work = inner_product(move, jax.tree.map(jnp.add, start.gradient, end.gradient))
     drifts = kinetic_energy(metric, start.gradient) - kinetic_energy(metric, end.gradient)
-    return 0.5 * (sum(jax.tree.leaves(products)) + step_size * drifts) / temperature
+    return 0.5 * (work + step_size * drifts) / temperature
 
 
 def _step(
@@ -136,7 +130,7 @@ def _step(
     new = select(is_accepted, proposal, state)
     info = MALAInfo(
         energy=new.energy,
-        gradient_norm=optax.tree.norm(new.gradient),
+        gradient_norm=jnp.sqrt(inner_product(new.gradient, new.gradient)),
         acceptance_rate=acceptance_rate,
         is_accepted=is_accepted,
         is_finite=is_finite,

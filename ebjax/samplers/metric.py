@@ -9,7 +9,6 @@ made once and not at every step.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -18,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from jax.flatten_util import ravel_pytree
 
-from ebjax.numerics import full_precision_matmul
+from ebjax.numerics import full_precision_matmul, inner_product
 from ebjax.types import Position, PyTree
 
 __all__ = [
@@ -136,5 +135,4 @@ def scaled_gradient(metric: Metric, gradient: Position) -> Position:
 
 def kinetic_energy(metric: Metric, vector: Position) -> jax.Array:
     """[] ``p' M⁻¹ p / 2``."""
-    products = jax.tree.map(lambda p, v: jnp.sum(p * v), vector, velocity(metric, vector))
-    return 0.5 * functools.reduce(jnp.add, jax.tree.leaves(products))
+    return 0.5 * inner_product(vector, velocity(metric, vector))

@@ -29,13 +29,12 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from ebjax.numerics import neighbouring_keys, random_normal_and_uniform
+from ebjax.numerics import inner_product, neighbouring_keys, random_normal_and_uniform
 from ebjax.samplers.evaluate import GradientState, init_with_gradient
 from ebjax.samplers.hamiltonian import (
     Phase,
     any_chain,
     check_step_size,
-    inner_product,
     inner_products,
     leapfrog,
 )

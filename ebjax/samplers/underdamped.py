@@ -29,9 +29,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy.typing as npt
-import optax
 
-from ebjax.numerics import all_finite, random_normal_and_uniform
+from ebjax.numerics import all_finite, inner_product, random_normal_and_uniform
 from ebjax.samplers import decision
 from ebjax.samplers.evaluate import value_and_gradient
 from ebjax.samplers.langevin import check_positive
@@ -156,8 +155,7 @@ def _refresh(metric: Metric, p: Position, noise: Position, decay: Any, temperatu
 def _kick_work(metric: Metric, before: Position, after: Position, gradient: Position) -> jax.Array:
     """``-∇E' M⁻¹ (p + p')``, 4/h times the change K(p') - K(p) in a kick p' = p - h/2 ∇E."""
     total = velocity(metric, jax.tree.map(jnp.add, before, after))
-    products = jax.tree.map(lambda g, v: jnp.sum(g * v), gradient, total)
-    return -jax.tree.reduce(jnp.add, products)
+    return -inner_product(gradient, total)
 
 
 def _reverse(state: UnderdampedState) -> UnderdampedState:
@@ -212,7 +210,7 @@ def _step(
         new = new._replace(momentum=end)
     info = UnderdampedInfo(
         energy=new.energy,
-        gradient_norm=optax.tree.norm(new.gradient),
+        gradient_norm=jnp.sqrt(inner_product(new.gradient, new.gradient)),
         acceptance_rate=acceptance_rate,
         is_accepted=is_accepted,
         is_finite=is_finite,

@@ -19,6 +19,7 @@ from ebjax.energies import mlp_energy, targets
 from ebjax.numerics import (
     all_finite,
     example_keys,
+    inner_product,
     masked_log_softmax,
     random_normal_and_uniform,
     random_normal_like,
@@ -273,3 +274,20 @@ def test_what_must_be_exact_does_not_round_its_factors(name):
     assert set(found) == {(highest, highest)}
     # Control: a network's own products are as fast as the device can.
     assert set(precisions(lambda x, key: NETWORK.apply(PARAMS, x), x, keys)) == {None}
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (4,), (2, 2), (5,), (3, 4)], ids=str)
+def test_inner_products_of_few_and_of_many_components(shape, x64):
+    generator = np.random.default_rng(0)
+    first, second = ({"a": generator.normal(size=shape), "b": [2.0]} for _ in range(2))
+    expected = np.sum(first["a"] * second["a"]) + 4.0
+    for product in (inner_product, jax.jit(inner_product)):
+        np.testing.assert_allclose(product(first, second), expected, rtol=1e-14)
+    assert inner_product(first, second).shape == ()
+
+
+@pytest.mark.parametrize(("size", "num_reductions"), [(4, 0), (5, 1)])
+def test_sums_of_few_components_are_no_reduction(size, num_reductions):
+    x = jnp.ones((10, size))
+    jaxpr = str(jax.make_jaxpr(jax.vmap(inner_product))(x, x))
+    assert jaxpr.count("reduce_sum") == num_reductions

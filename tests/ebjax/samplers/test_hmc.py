@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from ebjax.energies import targets
+from ebjax.numerics import inner_product
 from ebjax.samplers import run_chain
-from ebjax.samplers.hamiltonian import Phase, inner_product, inner_products, leapfrog
+from ebjax.samplers.hamiltonian import Phase, inner_products, leapfrog
 from ebjax.samplers.hmc import hmc
 from ebjax.samplers.metric import make_metric, scaled_gradient
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ebjax.energies.targets.posterior import Posterior, make_posterior
-from ebjax.energies.targets.reductions import half_quadratic_form, matrix_product, total
+from ebjax.energies.targets.reductions import half_quadratic_form, matrix_product, repeated, total
 from ebjax.types import Moments, Target
 
 __all__ = [
@@ -190,8 +190,9 @@ def _mixture_energy(means: np.ndarray, variance: float, log_constants: np.ndarra
         del params
         centres = jnp.asarray(means, x.dtype)
         if dim <= _MAX_UNROLLED_DIM:
-            # Sums over a short last axis do not vectorise; a sum of [K] arrays runs 4 times faster.
-            squares = sum(jnp.square(x[d] - centres[:, d]) for d in range(dim))
+            # Sums over a short last axis do not vectorise; a sum of [K] arrays does.
+            columns = (repeated(x[d], len(means)) - centres[:, d] for d in range(dim))
+            squares = sum(jnp.square(column) for column in columns)
         else:
             squares = jnp.sum(jnp.square(x - centres), axis=-1)
         exponents = jnp.asarray(log_constants, x.dtype) - squares / (2.0 * variance)

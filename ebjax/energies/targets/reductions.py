@@ -5,6 +5,7 @@ On CPU, XLA vectorises a matrix product and not a sum over a short last axis.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 
 from ebjax.numerics import full_precision_matmul
 
-__all__ = ["half_quadratic_form", "matrix_product", "total"]
+__all__ = ["half_quadratic_form", "matrix_product", "repeated", "total"]
 
 
 def matrix_product(matrix: np.ndarray | jax.Array, vector: jax.Array) -> jax.Array:
@@ -24,6 +25,19 @@ def matrix_product(matrix: np.ndarray | jax.Array, vector: jax.Array) -> jax.Arr
 def total(terms: jax.Array) -> jax.Array:
     """[] the sum of ``terms`` [D], as a product with ones."""
     return full_precision_matmul(terms, jnp.ones_like(terms))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def repeated(x: jax.Array, num: int) -> jax.Array:
+    """[num] times ``x`` []. Its gradient is a sum, taken as a product with ones."""
+    return jnp.full((num,), x)
+
+
+@repeated.defjvp
+def _repeated_jvp(num, primals, tangents):
+    (x,), (tangent,) = primals, tangents
+    ones = jnp.ones((1, num), tangent.dtype)
+    return repeated(x, num), full_precision_matmul(tangent[None], ones)
 
 
 def half_quadratic_form(precision: np.ndarray) -> Callable[[jax.Array], jax.Array]:

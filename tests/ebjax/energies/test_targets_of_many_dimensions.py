@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from ebjax.energies import targets
-from ebjax.energies.targets.reductions import half_quadratic_form, total
+from ebjax.energies.targets.reductions import half_quadratic_form, repeated, total
 
 SAMPLED = {
     "gaussian_mixture": lambda: targets.gaussian_mixture(2.0 * np.eye(9), 0.5),
@@ -116,6 +117,42 @@ def test_the_gaussian_takes_one_product_with_its_precision():
 def test_sums_are_sums(x64):
     terms = jax.random.normal(jax.random.key(0), (50,))
     np.testing.assert_allclose(total(terms), terms.sum())
+
+
+def test_repeated_numbers_have_the_derivatives_of_a_broadcast(x64):
+    weights = np.random.default_rng(0).normal(size=6)
+
+    def energy(copy):
+        return lambda x: jnp.sum(weights * jnp.sin(copy(x[0]) + weights) * copy(x[1]) ** 2)
+
+    ours = energy(lambda x: repeated(x, 6))
+    plain = energy(lambda x: jnp.broadcast_to(x, (6,)))
+    x = jnp.array([0.3, -1.2])
+    for derivative in (
+        lambda f: f,
+        jax.grad,
+        jax.jacfwd,
+        jax.hessian,
+        lambda f: jax.grad(lambda x: jnp.sum(jax.grad(f)(x) ** 2)),
+    ):
+        np.testing.assert_allclose(jax.jit(derivative(ours))(x), derivative(plain)(x), rtol=1e-12)
+
+
+def test_the_gradient_of_a_mixture_sums_components_by_products():
+    """But for the two sums of a log-sum-exp, which has nothing to do with the dimensions."""
+    means = np.random.default_rng(0).normal(size=(7, 2))
+    energy = targets.gaussian_mixture(means, 0.5).energy
+
+    def sizes(jaxpr, name):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == name:
+                yield max(variable.aval.size for variable in equation.invars)
+            for inner in jaxprs_in_params(equation.params):
+                yield from sizes(inner, name)
+
+    jaxpr = jax.make_jaxpr(jax.grad(lambda x: energy((), x)))(jnp.ones(2)).jaxpr
+    assert list(sizes(jaxpr, "reduce_sum")).count(7) == 2
+    assert list(sizes(jaxpr, "dot_general")) == [7, 7]
 
 
 def test_rotations_keep_the_variances():

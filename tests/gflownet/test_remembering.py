@@ -12,7 +12,7 @@ import pytest
 from small_environments import SMALL
 
 from ebjax.parallel import is_side_by_side, side_by_side
-from gflownet import compaction, forward_rollout, rollout, score, scoring
+from gflownet import compaction, forward_rollout, lanes, score, scoring
 from gflownet.environments import hypergrid
 from gflownet.objectives import detailed_balance, trajectory_balance
 from gflownet.policies import mlp_policy, separate_backward, transformer_policy
@@ -86,8 +86,8 @@ def test_same_gradient(name, build, network, temperature):
 @pytest.mark.parametrize("name", ["hypergrid_2x5", "sets_5_3"])
 def test_same_gradient_where_looks_are_few(name, monkeypatch):
     # As on an accelerator: steps that nobody needs write rows too, behind those of the ends.
-    monkeypatch.setattr(rollout, "on_accelerator", lambda: True)
-    monkeypatch.setattr(rollout, "STEPS_A_LOOK", 4)
+    monkeypatch.setattr(lanes, "on_accelerator", lambda: True)
+    monkeypatch.setattr(lanes, "STEPS_A_LOOK", 4)
     environment = ENVIRONMENTS[name]()
     policy = one_network(environment)
     params = start(environment, policy)
@@ -161,9 +161,9 @@ def test_nothing_is_kept_of(monkeypatch):
     assert not transformer_policy(2, environment.num_actions).remembers
     # More than there is room for.
     size = sum(leaf.nbytes for leaf in memory().outputs)
-    monkeypatch.setattr(rollout, "MAX_MEMORY_BYTES", size)
+    monkeypatch.setattr(lanes, "MAX_MEMORY_BYTES", size)
     assert memory() is not None
-    monkeypatch.setattr(rollout, "MAX_MEMORY_BYTES", size - 1)
+    monkeypatch.setattr(lanes, "MAX_MEMORY_BYTES", size - 1)
     assert memory() is None
 
 

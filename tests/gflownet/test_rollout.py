@@ -22,7 +22,7 @@ from small_environments import (
     tabulate,
 )
 
-from gflownet import backward_rollout, exact, forward_rollout, rollout
+from gflownet import backward_rollout, exact, forward_rollout, lanes, rollout
 
 # The grid of three dimensions, slow to compile, is in the laws of the objectives as well.
 FEW = ["hypergrid_2x5", "sets_5_3", "diamond"]
@@ -33,7 +33,7 @@ FIVE_SIGMA = 2 * stats.norm.sf(5)
 def in_phases(monkeypatch):
     """Ever fewer lanes, as long trajectories are drawn, though these are short."""
     counts = lambda environment, size: [size, size // 2, size // 4]  # noqa: E731
-    monkeypatch.setattr(rollout, "_lane_counts", counts)
+    monkeypatch.setattr(lanes, "_lane_counts", counts)
 
 
 @functools.cache
@@ -428,23 +428,21 @@ def test_the_way_of_the_loop_draws_the_same(roll, how, monkeypatch):
         # What stands behind the end of a trajectory is not part of it.
         is_part = jnp.arange(environment.max_length + 1)[:, None] <= drawn.length
         return drawn._replace(
-            states=rollout._select(
-                is_part, drawn.states, jax.tree.map(jnp.zeros_like, drawn.states)
-            ),
+            states=lanes.select(is_part, drawn.states, jax.tree.map(jnp.zeros_like, drawn.states)),
             actions=jnp.where(drawn.valid, drawn.actions, 0),
         )
 
     many = draw()
     if how == "by_key":
         # A number for each step at once, or one from the key of the step.
-        monkeypatch.setattr(rollout, "_draw", lambda law, noise: law.sample(noise.key))
+        monkeypatch.setattr(rollout, "draw", lambda law, noise: law.sample(noise.key))
     else:
-        monkeypatch.setattr(rollout, "_lane_counts", lambda environment, size: [size])
+        monkeypatch.setattr(lanes, "_lane_counts", lambda environment, size: [size])
     if how in ("few_looks", "one_look"):
-        monkeypatch.setattr(rollout, "on_accelerator", lambda: True)
+        monkeypatch.setattr(lanes, "on_accelerator", lambda: True)
     if how == "few_looks":
-        monkeypatch.setattr(rollout, "STEPS_A_LOOK", 4)
+        monkeypatch.setattr(lanes, "STEPS_A_LOOK", 4)
     assert len(set(many.length.tolist())) > 4
     assert (environment.max_length + 1) % 4
-    assert environment.max_length < rollout.STEPS_A_LOOK or how == "few_looks"
+    assert environment.max_length < lanes.STEPS_A_LOOK or how == "few_looks"
     chex.assert_trees_all_close(many, draw(), rtol=1e-6)

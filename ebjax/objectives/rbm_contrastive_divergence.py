@@ -47,17 +47,13 @@ class _Moved(NamedTuple):
     is_finite: jax.Array
 
 
-def _itself(params: Params) -> RBMParams:
-    return params
-
-
 def rbm_persistent_contrastive_divergence(
     initial_position: Callable[..., Position],
     *,
     num_steps: int = 1,
     chains_per_example: int = 1,
     rebirth_probability: float = 0.0,
-    machine: Callable[[Params], RBMParams] = _itself,
+    machine: Callable[[Params], RBMParams] = lambda params: params,
 ) -> Objective:
     """Builds the objective, for examples [V] in {0, 1}.
 

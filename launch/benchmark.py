@@ -113,12 +113,14 @@ def run_suite(
             try:
                 worker = _Worker(variant)
             except RuntimeError as error:
-                console.print(f"{variant.name} is left out: {error}", soft_wrap=True)
+                console.print(f"{variant.name} is left out: {error}", soft_wrap=True, markup=False)
                 continue
             if "missing" in worker.start:
                 worker.close()
                 console.print(
-                    f"{variant.name} is left out: {worker.start['missing']}", soft_wrap=True
+                    f"{variant.name} is left out: {worker.start['missing']}",
+                    soft_wrap=True,
+                    markup=False,
                 )
                 continue
             workers[variant.name] = worker

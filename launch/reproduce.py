@@ -106,7 +106,9 @@ def reproduce(
     bars = _print_bars(table, rows, outcomes, console)
     for outcome in outcomes:
         if outcome.figures is None:
-            console.print(f"{outcome.row}, seed {outcome.seed}: {outcome.error}", soft_wrap=True)
+            console.print(
+                f"{outcome.row}, seed {outcome.seed}: {outcome.error}", soft_wrap=True, markup=False
+            )
     return {"runs": [outcome._asdict() for outcome in outcomes], "bars": bars}
 
 

@@ -186,4 +186,4 @@ def _print_progress(
         known = [name for name in names if name in last.figures]
         shown = "  ".join(f"{name} {last.figures[name]:.4g}" for name in known)
     line = f"{len(outcomes)}/{total}  {last.row}, seed {last.seed}: {shown}, {left:.0f} s left"
-    console.print(line, soft_wrap=True, highlight=False)
+    console.print(line, soft_wrap=True, highlight=False, markup=False)

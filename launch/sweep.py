@@ -252,7 +252,9 @@ def _run(flag_values: flags.FlagValues, texts: Sequence[tuple[str, str, str]]) -
     _print_table(rows, metric, console)
     for outcome in outcomes:
         if outcome.figures is None:
-            console.print(f"{outcome.row}, seed {outcome.seed}: {outcome.error}", soft_wrap=True)
+            console.print(
+                f"{outcome.row}, seed {outcome.seed}: {outcome.error}", soft_wrap=True, markup=False
+            )
     about = {"recipe": config.recipe, "metric": metric, "maximize": flag_values.maximize}
     runs.write_json(folder / "sweep.json", {**about, "rows": rows})
     return 0 if any(row["values"] for row in rows) else 1

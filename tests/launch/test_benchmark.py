@@ -41,13 +41,15 @@ def test_suite_prints_a_table_and_the_median_of_paired_ratios():
 
 def test_missing_peer_is_skipped_with_a_line(monkeypatch):
     variant = Variant("gone", "missing", "missing", {}, 1)
-    monkeypatch.setattr(benchmark._Worker, "_ask", lambda self, line: {"missing": "Install it so."})
+    monkeypatch.setattr(
+        benchmark._Worker, "_ask", lambda self, line: {"missing": "pip install 'it[bench]'"}
+    )
     console = Console(record=True, width=160)
     figures = benchmark.run_suite(
         Suite("none", "updates", (variant,), ()), rounds=1, console=console
     )
     assert figures["rows"] == []
-    assert "gone is left out: Install it so." in console.export_text()
+    assert "gone is left out: pip install 'it[bench]'" in console.export_text()
 
 
 def test_broken_workload_is_reported_and_the_rest_goes_on():

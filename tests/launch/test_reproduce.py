@@ -7,8 +7,10 @@ import pytest
 from command_lines import environment, own_recipe, run
 from rich.console import Console
 
+from launch import reproduce as reproduction
 from launch.reproduce import reproduce
 from launch.runs import UserError, find_recipe, make_config
+from launch.schedule import Outcome
 from launch.tables import TABLES, Bar, Row, Table
 
 
@@ -56,6 +58,14 @@ def test_every_seed_counts_and_bars_are_judged(table, tmp_path):
     kept.write_text(json.dumps({"x": 0.25}))
     figures, _ = made(table, tmp_path / "t", only=("good",), seeds=1)
     assert [outcome["figures"] for outcome in figures["runs"]] == [{"x": 0.25}]
+
+
+def test_what_a_run_says_in_brackets_is_printed(table, tmp_path, monkeypatch):
+    said = "x has shape [n, d]; to install: pip install 'it[rna]'"
+    failed = [Outcome("good", 0, None, said)]
+    monkeypatch.setattr(reproduction, "run_jobs", lambda jobs, **options: failed)
+    _, text = made(table, tmp_path / "t", only=("good",), seeds=1)
+    assert said in text
 
 
 def test_a_run_with_other_settings_than_its_row_is_not_counted(table, tmp_path):

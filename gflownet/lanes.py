@@ -97,7 +97,7 @@ class _Lanes(NamedTuple):
 class Noise(NamedTuple):
     """What the action of a step is drawn from.
 
-    Numbers are drawn for all steps at once: on a CPU a draw is a loop of some eighty small kernels,
+    Numbers are drawn for all steps at once: on a CPU a draw is a loop of many small kernels,
     whatever its size. Where nothing reads the one or the other, it is not computed.
 
     Attributes:

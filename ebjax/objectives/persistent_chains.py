@@ -141,6 +141,7 @@ def takes_example(initial_position: Callable[..., Position]) -> bool:
 
 
 def birth(rules: ChainRules, key: jax.Array, example: PyTree) -> Position:
+    """Where the chain of one slot starts; consumes the key."""
     if takes_example(rules.initial_position):
         return rules.initial_position(key, example)
     return rules.initial_position(key)

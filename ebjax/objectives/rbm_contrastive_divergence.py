@@ -28,7 +28,7 @@ from ebjax.energies.boltzmann import Layers, RBMParams
 from ebjax.objectives.persistent_chains import ChainRules, PersistentChains, birth, start_chains
 from ebjax.samplers.discrete import uniforms
 from ebjax.samplers.rbm_marginal import rbm_marginal_gibbs
-from ebjax.types import Objective, Params, Position
+from ebjax.types import Objective, Position
 
 __all__ = ["rbm_persistent_contrastive_divergence"]
 
@@ -53,9 +53,8 @@ def rbm_persistent_contrastive_divergence(
     num_steps: int = 1,
     chains_per_example: int = 1,
     rebirth_probability: float = 0.0,
-    machine: Callable[[Params], RBMParams] = lambda params: params,
 ) -> Objective:
-    """Builds the objective, for examples [V] in {0, 1}.
+    """Builds the objective of ``RBMParams``, for examples [V] in {0, 1}.
 
     Args:
       initial_position: ``key -> v`` or ``(key, example) -> v``, the visible layer of a birth. Its
@@ -63,7 +62,6 @@ def rbm_persistent_contrastive_divergence(
       num_steps: draws of the visible layer in one update.
       chains_per_example: M chains an example slot, of which an update moves one, chosen at random.
       rebirth_probability: chance that the chosen chain starts anew, in [0, 1].
-      machine: from the parameters that are trained to the machine.
 
     Returns:
       An ``Objective`` over batches [B, V], whose carry is ``PersistentChains`` of ``Layers``.
@@ -96,18 +94,17 @@ def rbm_persistent_contrastive_divergence(
     def init(key, params, batch):
         birth_key, hidden_key = jax.random.split(key)
         chains = start_chains(birth_key, rules, batch)
-        logits = _hidden_logits(machine(params), chains.position)
+        logits = _hidden_logits(params, chains.position)
         uniform = uniforms(hidden_key, logits.shape, logits.dtype)
         return chains._replace(position=Layers(chains.position, _draw(uniform, logits)))
 
     def loss(params, carry, keys, batch):
-        rbm = machine(params)
-        frozen = jax.lax.stop_gradient(rbm)
+        frozen = jax.lax.stop_gradient(params)
         place, hidden, age = _choose(keys, rules, frozen, carry, batch)
         moved = _move(keys, rules.num_steps, frozen, hidden)
         both = jnp.concatenate([batch, moved.visible])
-        logits = _hidden_logits(rbm, both)
-        energies = -both @ rbm.visible_bias - jax.nn.softplus(logits).sum(axis=-1)
+        logits = _hidden_logits(params, both)
+        energies = -both @ params.visible_bias - jax.nn.softplus(logits).sum(axis=-1)
         positive, negative = jnp.split(energies, 2)
         value = positive.mean() - negative.mean()
 

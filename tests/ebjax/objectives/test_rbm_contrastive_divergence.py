@@ -185,24 +185,6 @@ def test_log_odds_that_are_not_finite_are_told():
         assert metrics["chains_finite"] == share
 
 
-def test_a_machine_inside_other_parameters():
-    params = {"log_scale": jnp.zeros(()), "rbm": random_machine()}
-
-    def machine(params):
-        rbm = params["rbm"]
-        return rbm._replace(weights=jnp.exp(params["log_scale"]) * rbm.weights)
-
-    plain = rbm_persistent_contrastive_divergence(coins)
-    inside = rbm_persistent_contrastive_divergence(coins, machine=machine)
-    chains, keys, batch = start(plain, params["rbm"], 20)
-    chex.assert_trees_all_equal(chains, start(inside, params, 20)[0])
-    gradient, _ = jax.grad(inside.loss, has_aux=True)(params, chains, keys, batch)
-    expected, _ = jax.grad(plain.loss, has_aux=True)(params["rbm"], chains, keys, batch)
-    chex.assert_trees_all_close(gradient["rbm"], expected, rtol=1e-6)
-    slope = jnp.vdot(expected.weights, params["rbm"].weights)
-    np.testing.assert_allclose(gradient["log_scale"], slope, rtol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [("num_steps", 0), ("chains_per_example", 0), ("rebirth_probability", 1.5)],
